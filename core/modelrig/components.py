@@ -1,0 +1,525 @@
+"""What plugins register, and what each kind of component must do.
+
+A component has three faces:
+
+* its **descriptor** (`Source`, `Format`, ... below): frozen data, made while registering, imports nothing heavy;
+* its **planner**: torch-free code named by the import string `planner`, imported when the component is considered;
+* its **implementation**: the code that computes, named by `implementation`, imported at load and only if chosen.
+
+The protocols at the end of each section say what planner and implementation must offer. An import string names a module-level
+object that satisfies the protocol: usually a class with static methods, or an instance. Byte counts are exact unless
+a name says `estimate`. dtypes are the names torch uses (`"bfloat16"`), devices are `"cpu"`, `"cuda"`, `"cuda:1"`.
+
+Where does a new cache go? `plugins/modelrig_plugins/caches/`: `<name>.py` holds its planner (a `CachePlanner`),
+`<name>_module.py` its implementation (`CacheMaker` and `Cache`), and one line in that folder's `__init__.py` registers a
+`CacheImplementation`. An outside package does the same under its own entry point.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from attrs import Factory, field, frozen
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from modelrig.modules.slots import Slots, Visibility
+
+API_VERSION = "1.0"
+
+#: The kinds of component. Three are identified (exactly one claims the input), five are negotiated.
+KINDS = ("sources", "formats", "architectures", "quantizers", "attention", "caches", "decoders", "compilers")
+IDENTIFIED = KINDS[:3]
+#: request key → kind, for the negotiated kinds
+SLOTS = {"quantizer": "quantizers", "attention": "attention", "cache": "caches", "decoder": "decoders", "compiler": "compilers"}
+
+DTYPE_BITS: dict[str, int] = {
+    "bool": 8, "uint8": 8, "int8": 8, "uint16": 16, "int16": 16, "uint32": 32, "int32": 32, "uint64": 64, "int64": 64,
+    "float16": 16, "bfloat16": 16, "float32": 32, "float64": 64, "complex64": 64,
+    "float8_e4m3fn": 8, "float8_e5m2": 8, "float8_e8m0fnu": 8, "float8_e4m3fnuz": 8, "float8_e5m2fnuz": 8,
+    "float4_e2m1fn_x2": 4, "float6_e2m3": 6, "float6_e3m2": 6,
+}  # fmt: skip
+#: dtypes a model may compute in
+FLOATING = ("float32", "bfloat16", "float16", "float64")
+
+
+def dtype_bytes(dtype: str, elements: int) -> int:
+    """Bytes of `elements` values of `dtype`, packed."""
+    return (DTYPE_BITS[dtype] * elements + 7) // 8
+
+
+@frozen
+class Reason:
+    """Why a component was refused: a stable code such as `attention.head_dim`, a sentence, and what to do about it."""
+
+    code: str
+    text: str
+    hint: str | None = None
+
+
+@frozen
+class Range:
+    """Whole numbers from `low` to `high` (both included) that `multiple_of` divides."""
+
+    low: int
+    high: int
+    multiple_of: int = 1
+
+    def __contains__(self, value: int) -> bool:
+        return self.low <= value <= self.high and value % self.multiple_of == 0
+
+
+# ------------------------------------------------------------------------------------------------ descriptors
+
+
+def _names(value: Iterable[str] | Mapping[str, Iterable[str]]) -> Any:
+    return frozenset(value)
+
+
+def _links(value: Mapping[str, Iterable[str]]) -> Mapping[str, frozenset[str]]:
+    return {kind: frozenset(tokens) for kind, tokens in value.items()}
+
+
+@frozen(kw_only=True)
+class Component:
+    """What every descriptor states.
+
+    `offers` and `needs` link kinds with an open vocabulary: a component fits beside another only if each token it `needs` of that
+    kind stands in the other's `offers`. Tokens of ours: `fixed_address`, `rewind` (caches), `layout:bhsd` (caches: keys and
+    values as [batch, heads, slots, head_dim]), `fullgraph` (attention, caches, quantizers: traceable without a graph break).
+    """
+
+    kind: ClassVar[str]
+
+    name: str
+    summary: str
+    planner: str
+    implementation: str
+    requires: tuple[str, ...] = ()  # requirement specifiers, checked against installed metadata
+    install: str | None = None  # the command shown when a requirement is missing
+    offers: frozenset[str] = field(default=frozenset(), converter=_names)
+    needs: Mapping[str, frozenset[str]] = field(factory=dict, converter=_links)
+    rank: int = 50  # among equals, the lower rank is tried first
+    experimental: bool = False
+    plans_with_torch: bool = False  # an outside planner that cannot do without torch; the plan says so
+
+
+@frozen(kw_only=True)
+class Source(Component):
+    """Where a checkpoint comes from. Planner: `SourcePlanner`; implementation: `SourceFetcher`."""
+
+    kind: ClassVar[str] = "sources"
+
+
+@frozen(kw_only=True)
+class Format(Component):
+    """How tensor files are read. Planner: `FormatPlanner`; implementation: `FormatReader`."""
+
+    kind: ClassVar[str] = "formats"
+
+
+@frozen(kw_only=True)
+class Architecture(Component):
+    """A model family, identified by config.json's `model_type`. Planner: `ArchitecturePlanner`; implementation: `ModuleBuilder`."""
+
+    kind: ClassVar[str] = "architectures"
+    model_types: frozenset[str] = field(converter=_names)
+
+
+@frozen(kw_only=True)
+class QuantizerCapabilities:
+    devices: frozenset[str] = field(converter=_names)  # device types
+    dtypes: frozenset[str] = field(converter=_names)  # compute dtypes
+    reads: frozenset[str] = field(converter=_names)  # checkpoint schemes: "none" for plain weights, "bitsandbytes_nf4", ...
+    lossless: bool = False
+
+
+@frozen(kw_only=True)
+class Quantizer(Component):
+    """How 2-D weights are held and multiplied. Planner: `QuantizerPlanner`; implementation: `LinearMaker`."""
+
+    kind: ClassVar[str] = "quantizers"
+    capabilities: QuantizerCapabilities
+
+
+@frozen(kw_only=True)
+class AttentionCapabilities:
+    devices: frozenset[str] = field(converter=_names)
+    dtypes: frozenset[str] = field(converter=_names)
+    head_dims: Range = Range(1, 65536)
+    masks: frozenset[str] = field(converter=_names)  # of: causal, bidirectional, padding, window, bias
+    grouped_heads: bool = False  # fewer key/value heads than query heads
+    softcap: bool = False
+    sinks: bool = False
+    unequal_value_dim: bool = False
+
+
+@frozen(kw_only=True)
+class AttentionBackend(Component):
+    """A kernel for softmax(q·k)·v. Planner: `Planner`; implementation: `AttentionKernel`."""
+
+    kind: ClassVar[str] = "attention"
+    capabilities: AttentionCapabilities
+
+
+@frozen(kw_only=True)
+class CacheCapabilities:
+    devices: frozenset[str] = field(converter=_names)
+    dtypes: frozenset[str] = field(converter=_names)
+    layers: frozenset[str] = field(converter=_names)  # layer kinds it can hold: full, sliding
+    batched: bool = True
+
+
+@frozen(kw_only=True)
+class CacheImplementation(Component):
+    """Where keys and values of past tokens live. Planner: `CachePlanner`; implementation: `CacheMaker`."""
+
+    kind: ClassVar[str] = "caches"
+    capabilities: CacheCapabilities
+
+
+@frozen(kw_only=True)
+class DecoderCapabilities:
+    samples: bool = False  # can draw from the distribution, not only take its maximum
+    batched: bool = True
+
+
+@frozen(kw_only=True)
+class Decoder(Component):
+    """How tokens are proposed and accepted. Planner: `Planner`; implementation: `DecoderMaker`."""
+
+    kind: ClassVar[str] = "decoders"
+    capabilities: DecoderCapabilities
+
+
+@frozen(kw_only=True)
+class CompilerCapabilities:
+    devices: frozenset[str] = field(converter=_names)
+
+
+@frozen(kw_only=True)
+class Compiler(Component):
+    """What turns `model.step` into something faster. Planner: `Planner`; implementation: `StepCompiler`."""
+
+    kind: ClassVar[str] = "compilers"
+    capabilities: CompilerCapabilities
+
+
+DESCRIPTORS: dict[str, type[Component]] = {
+    descriptor.kind: descriptor
+    for descriptor in (Source, Format, Architecture, Quantizer, AttentionBackend, CacheImplementation, Decoder, Compiler)
+}
+
+# ------------------------------------------------------------------------------------------------ planners in general
+
+
+class Planner(Protocol):
+    """The least a planner of a negotiated kind offers. Both attributes are optional.
+
+    `Options` is an attrs class: the keys a user may set with `--set <slot>.<key>=<value>`.
+    `check(need, options)` returns reasons that capabilities as data cannot express; an empty iterable means it fits.
+    `need` is the kind's need (`modelrig.planning.needs`).
+    """
+
+    Options: type[Any]
+
+    def check(self, need: Any, options: Any) -> Iterable[Reason]: ...
+
+
+# ------------------------------------------------------------------------------------------------ sources
+
+
+@frozen(kw_only=True)
+class Snapshot:
+    """A resolved checkpoint: a folder with its metadata files, and how big its tensor files are.
+
+    A source that has not fetched the tensor files yet leaves them out of the folder and names them in `headers`: file name →
+    (size of the file, a folder that holds a file of the same name with at least the header). Plans are made from headers.
+    """
+
+    reference: str
+    root: Path
+    source: str  # component name
+    revision: str | None = None
+    #: folders that links inside `root` may point into (the blobs folder of a hub cache)
+    link_roots: tuple[Path, ...] = ()
+    complete: bool = True  # every tensor file is on disk
+    headers: Mapping[str, tuple[int, Path]] = Factory(dict)
+
+
+class SourcePlanner(Protocol):
+    def claims(self, reference: str) -> str | None:
+        """Why this source recognises `reference`, or None. Touches no network."""
+        ...
+
+    def resolve(self, reference: str) -> Snapshot:
+        """Find configs and tensor headers. Raises `SourceError`."""
+        ...
+
+
+class SourceFetcher(Protocol):
+    def fetch(self, snapshot: Snapshot, progress: Callable[[int, int], None] | None) -> Snapshot:
+        """The same snapshot with every tensor file on disk. `progress` is called with (bytes done, bytes in all)."""
+        ...
+
+
+# ------------------------------------------------------------------------------------------------ formats
+
+
+@frozen
+class TensorEntry:
+    """One stored tensor: verified byte range `[offset, offset + nbytes)` of file number `file` of its catalog."""
+
+    name: str
+    dtype: str  # torch's name
+    shape: tuple[int, ...]
+    file: int
+    offset: int
+    nbytes: int
+
+
+@frozen
+class TensorFile:
+    """A tensor file as it was when it was catalogued. `identity` is (size, mtime_ns, inode, device) or None when not fetched."""
+
+    name: str
+    path: Path
+    size: int
+    identity: tuple[int, int, int, int] | None
+
+
+@frozen(kw_only=True)
+class Catalog:
+    """Everything known of a checkpoint's tensors without reading them."""
+
+    format: str
+    files: tuple[TensorFile, ...]
+    entries: Mapping[str, TensorEntry]
+    index: str | None = None  # name of the index file, if sharded
+    metadata: Mapping[str, str] = Factory(dict)
+    notes: tuple[str, ...] = ()  # e.g. files in the folder that nothing refers to
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(entry.nbytes for entry in self.entries.values())
+
+
+class FormatPlanner(Protocol):
+    def claims(self, snapshot: Snapshot) -> str | None:
+        """Why this format recognises the folder (the file it would start from), or None."""
+        ...
+
+    def catalog(self, snapshot: Snapshot) -> Catalog: ...
+
+
+class FormatReader(Protocol):
+    def decode(self, data: Tensor, entry: TensorEntry) -> Tensor:
+        """`data` is uint8 [entry.nbytes], a view of the file; returns `entry.shape` of `entry.dtype`, a view where it can be one."""
+        ...
+
+
+# ------------------------------------------------------------------------------------------------ architectures
+
+
+@frozen
+class AttentionSpec:
+    """What a layer's attention needs. Layers with equal specs share masks and kernels. `window` counts the current token."""
+
+    num_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    value_dim: int
+    scale: float
+    causal: bool = True
+    window: int | None = None
+    softcap: float | None = None
+    sinks: bool = False
+
+
+@frozen
+class Parameter:
+    """One parameter of the module: its name in the module and on disk, its shape, and what it is for."""
+
+    name: str
+    shape: tuple[int, ...]
+    role: str  # linear, embedding, head, norm, bias, experts, other
+    stored_as: str | None  # name in the checkpoint; None for a tie, which has no storage of its own
+    block: int | None = None  # index into ModelFacts.blocks
+
+
+@frozen(kw_only=True)
+class ModelFacts:
+    """What an architecture's planner knows of a checkpoint from its config and headers."""
+
+    architecture: str  # component name
+    config: Any  # the planner's own frozen config, handed to the builder
+    parameters: tuple[Parameter, ...]
+    blocks: tuple[str, ...]  # module names of the blocks, in execution order
+    layers: tuple[AttentionSpec, ...]  # one per block that has a key/value cache
+    ties: Mapping[str, str] = Factory(dict)  # module name → module name of the parameter it shares
+    hidden_size: int
+    intermediate_size: int
+    vocab_size: int
+    context_length: int  # longest sequence the config allows
+    dtype: str | None  # what config.json asks for
+    generates: bool = True
+    ignored: tuple[str, ...] = ()  # stored tensors the module does not use, on purpose (e.g. rotary inv_freq)
+    notes: tuple[str, ...] = ()
+
+
+class ArchitecturePlanner(Protocol):
+    def describe(self, config: Mapping[str, Any], catalog: Catalog, path: Path) -> ModelFacts:
+        """Facts from config.json (at `path`, for messages) and headers. Raises `ConfigError` with every problem it finds."""
+        ...
+
+
+class ModuleBuilder(Protocol):
+    def build(self, facts: ModelFacts, context: Any) -> nn.Module:
+        """The module on the meta device, parameter names as in `facts`. `context` is a `modelrig.modules.BuildContext`.
+
+        The module offers `step(ids, slots, last_only=False)`: ids int64 [batch, count] → logits [batch, count or 1, vocab],
+        and `init_buffers(device)`, which computes buffers that are not loaded.
+        """
+        ...
+
+
+# ------------------------------------------------------------------------------------------------ quantizers
+
+
+@frozen
+class TensorSpec:
+    """An output tensor of a quantizer, before it exists. `suffix` is appended to the weight's name; "" for the weight itself."""
+
+    suffix: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        elements = 1
+        for size in self.shape:
+            elements *= size
+        return dtype_bytes(self.dtype, elements)
+
+
+class QuantizerPlanner(Protocol):
+    def outputs(self, parameter: Parameter, dtype: str, options: Any) -> tuple[TensorSpec, ...]:
+        """What `parameter` becomes in memory when the model computes in `dtype`."""
+        ...
+
+
+class LinearMaker(Protocol):
+    def make_linear(self, weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+        """The hot path for one weight [out, in] and its bias [out]: x [..., in] → [..., out]. Called once, after loading."""
+        ...
+
+
+# ------------------------------------------------------------------------------------------------ attention
+
+
+class AttentionKernel(Protocol):
+    """Created once per model: `implementation(options)`."""
+
+    def prepare(self, spec: AttentionSpec, visible: Visibility) -> Any:
+        """Lower the symbolic mask, once per step for each distinct spec. The result is handed to `attend` as is."""
+        ...
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Any, spec: AttentionSpec) -> Tensor:
+        """q [batch, heads, count, head_dim], k and v [batch, kv_heads, slots, head_dim | value_dim]
+        → [batch, count, heads * value_dim]."""
+        ...
+
+
+# ------------------------------------------------------------------------------------------------ caches
+
+
+class CachePlanner(Protocol):
+    def nbytes(self, layers: Sequence[AttentionSpec], batch: int, context: int, dtype: str, options: Any) -> int:
+        """Bytes of keys and values when `context` tokens of `batch` rows are held: what the cache's `nbytes` measures then."""
+        ...
+
+
+class LayerCache(Protocol):
+    def update(self, k: Tensor, v: Tensor, slots: Slots) -> tuple[Tensor, Tensor]:
+        """Store k, v [batch, kv_heads, count, dim] of this step; returns what the step's queries may attend to, these included."""
+        ...
+
+
+class Cache(Protocol):
+    """Owns positions and lengths. A step is `begin(n)` → `model.step(ids, slots)` → `commit(k)` with k ≤ n.
+
+    An error in any method leaves the cache as it was. `padding` gives each row's number of pad tokens on the left.
+    """
+
+    batch: int
+    capacity: int
+    layers: Sequence[LayerCache]
+
+    @property
+    def length(self) -> int:
+        """Tokens committed, padding included."""
+        ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def begin(self, count: int) -> Slots:
+        """Reserve `count` slots. Raises `CacheError` (CA-FULL) when they do not fit."""
+        ...
+
+    def commit(self, count: int) -> None:
+        """Keep the first `count` reserved tokens, forget the rest."""
+        ...
+
+    def rewind(self, to: int) -> None:
+        """Forget everything after the first `to` tokens. Raises `CacheError` (CA-REWIND) when that is beyond what is kept."""
+        ...
+
+    def reset(self, padding: Sequence[int] | None = None) -> None: ...
+
+
+class CacheMaker(Protocol):
+    def create(
+        self,
+        layers: Sequence[AttentionSpec],
+        *,
+        batch: int,
+        capacity: int,
+        dtype: Any,
+        device: Any,
+        padding: Sequence[int] | None = None,
+        options: Any = None,
+    ) -> Cache: ...
+
+
+# ------------------------------------------------------------------------------------------------ decoders
+
+
+class DecoderRun(Protocol):
+    """One generation call's decoder. The loop is: propose → step(1 + k tokens) → accept → commit."""
+
+    def propose(self, last: Tensor) -> Tensor | None:
+        """Draft ids [batch, k] to follow `last` [batch], or None for plain decoding (k = 0)."""
+        ...
+
+    def accept(self, logits: Tensor, drafts: Tensor | None) -> Tensor:
+        """logits [batch, 1 + k, vocab], already processed → accepted ids [batch, 1 ... 1 + k]."""
+        ...
+
+
+class DecoderMaker(Protocol):
+    def open(self, batch: int, sampler: Any, options: Any) -> DecoderRun:
+        """`sampler(logits [batch, vocab]) -> ids [batch]` draws as the call's options say (argmax without a temperature)."""
+        ...
+
+
+# ------------------------------------------------------------------------------------------------ compilers
+
+
+class StepCompiler(Protocol):
+    def compile(self, step: Callable[..., Any], options: Any) -> Callable[..., Any]:
+        """A callable that does what `step(ids, slots, last_only)` does."""
+        ...

@@ -1,0 +1,1 @@
+MODELRIG_API = "1.0"
