@@ -1,0 +1,134 @@
+"""JSON of a checkpoint, read strictly.
+
+What Python's `json` lets pass is refused here: duplicate keys (where the last would silently win), NaN and Infinity, integers
+of more than 19 digits, nesting that would exhaust the stack, lone surrogates, and files larger than expected.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from modelrig.checkpoint.files import open_regular, read_at
+from modelrig.errors import CODES, CheckpointError, quoted
+
+MAX_BYTES = 16 << 20
+MAX_DEPTH = 64
+MAX_DIGITS = 19
+
+_NO_BRACKETS_OR_QUOTES = bytes(set(range(256)) - set(b'[]{}"'))
+_DIGITS_AS_ZERO = bytes(ord("0") if byte in b"0123456789" else byte for byte in range(256))
+_STEP = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
+_ESCAPE = re.compile(rb"\\.", re.DOTALL)
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+class DuplicateKeyError(ValueError):
+    """An object names a key twice."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(f"duplicate key {quoted(key)}")
+        self.key = key
+
+
+class NestingError(ValueError):
+    """Lists and objects are nested more deeply than allowed."""
+
+
+def depth(data: bytes) -> int:
+    """How deeply lists and objects are nested, without parsing. Right up to the first syntax error, where a parser stops too."""
+    if b"\\" in data:
+        data = _ESCAPE.sub(b"", data)  # an escaped quote ends no string
+    brackets = b"".join(data.translate(None, _NO_BRACKETS_OR_QUOTES).split(b'"')[::2])
+    brackets = brackets.replace(b"[][]", b"[]")  # neighbours are as deep as one of them: a third less to count
+    return max(accumulate(map(_STEP.__getitem__, brackets)), default=0)
+
+
+def parse(data: bytes, *, max_depth: int = MAX_DEPTH) -> Any:
+    """`data` as Python objects.
+
+    Raises:
+        UnicodeError: not UTF-8, or half of a surrogate pair.
+        DuplicateKeyError, NestingError: as their names say.
+        ValueError: anything else; a `json.JSONDecodeError` where there is a position.
+    """
+    text = data.decode("utf-8")
+    if depth(data) > max_depth:
+        raise NestingError(f"nested more than {max_depth} levels deep")
+    has_long_digits = b"0" * (MAX_DIGITS + 1) in data.translate(_DIGITS_AS_ZERO)
+    value = json.loads(
+        text,
+        object_pairs_hook=_object,
+        parse_constant=_refuse_constant,
+        parse_int=_short_integer if has_long_digits else None,
+    )
+    if _SURROGATE.search(data):
+        json.dumps(value, ensure_ascii=False).encode("utf-8")  # raises on a lone half
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise DuplicateKeyError(key)
+            seen.add(key)
+    return values
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a number JSON knows")
+
+
+def _short_integer(digits: str) -> int:
+    if len(digits.lstrip("-")) > MAX_DIGITS:
+        raise ValueError(f"an integer of {len(digits.lstrip('-'))} digits; at most {MAX_DIGITS} are accepted")
+    return int(digits)
+
+
+def load_json(path: Path, *, error: type[CheckpointError], prefix: str, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
+    """The JSON object in the file `path`.
+
+    Args:
+        error: the class to raise.
+        prefix: family of the codes: `CF`, `IX` or `TK`; `<prefix>-DUPKEY` and `-LIMIT` are used where they exist.
+
+    Raises:
+        error: the content is not an acceptable JSON object; `<prefix>-MISSING` for a `CF` or `TK` file that is not there.
+        FileError: not a regular readable file.
+    """
+
+    def refuse(kind: str, reason: str, locus: str | None = None) -> CheckpointError:
+        code = f"{prefix}-{kind}"
+        return error(code if code in CODES else f"{prefix}-JSON", reason, path=path, locus=locus)
+
+    if prefix != "IX" and not path.exists() and not path.is_symlink():
+        raise refuse("MISSING", "the file does not exist")
+    with open_regular(path) as (descriptor, status):
+        if status.st_size > max_bytes:
+            raise refuse("LIMIT", f"{status.st_size:,} bytes; at most {max_bytes:,} are accepted")
+        data = read_at(descriptor, max_bytes + 1, 0, path)  # the size may be 0 (procfs) or may have grown: bounded here too
+    if len(data) > max_bytes:
+        raise refuse("LIMIT", f"more than {max_bytes:,} bytes")
+    try:
+        value = parse(data)
+    except DuplicateKeyError as problem:
+        raise refuse("DUPKEY", str(problem), problem.key) from problem
+    except NestingError as problem:
+        raise refuse("LIMIT", str(problem)) from problem
+    except UnicodeDecodeError as problem:
+        raise refuse("JSON", f"not UTF-8 at byte {problem.start}") from problem
+    except UnicodeError as problem:
+        raise refuse("JSON", "an escape that is half of a surrogate pair") from problem
+    except json.JSONDecodeError as problem:
+        raise refuse("JSON", f"not JSON: {problem.msg} at line {problem.lineno}, column {problem.colno}") from problem
+    except ValueError as problem:
+        raise refuse("JSON", f"not JSON: {problem}") from problem
+    if not isinstance(value, dict):
+        raise refuse("JSON", f"a JSON object is needed, this is {quoted(value)}")
+    return value
