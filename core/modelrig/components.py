@@ -10,6 +10,8 @@ The protocols at the end of each section say what planner and implementation mus
 object that satisfies the protocol: usually a class with static methods, or an instance. Byte counts are exact unless
 a name says `estimate`. dtypes are the names torch uses (`"bfloat16"`), devices are `"cpu"`, `"cuda"`, `"cuda:1"`.
 
+A component with nothing to plan names `NOTHING_TO_PLAN`; its implementation is then the only file, `<name>.py`.
+
 Where does a new cache go? `plugins/modelrig_plugins/caches/`: `<name>.py` holds its planner (a `CachePlanner`),
 `<name>_module.py` its implementation (`CacheMaker` and `Cache`), and one line in that folder's `__init__.py` registers a
 `CacheImplementation`. An outside package does the same under its own entry point.
@@ -227,6 +229,14 @@ class Planner(Protocol):
     Options: type[Any]
 
     def check(self, need: Any, options: Any) -> Iterable[Reason]: ...
+
+
+class NoPlanner:
+    """The planner of a component about which data says everything."""
+
+
+#: import string of `NoPlanner`
+NOTHING_TO_PLAN = "modelrig.components:NoPlanner"
 
 
 # ------------------------------------------------------------------------------------------------ sources

@@ -1,1 +1,32 @@
+"""Key/value caches."""
+
+from modelrig.components import FLOATING, CacheCapabilities, CacheImplementation
+from modelrig.hookspecs import hookimpl
+
 MODELRIG_API = "1.0"
+
+_CAPABILITIES = CacheCapabilities(devices={"cpu", "cuda"}, dtypes=FLOATING, layers={"full", "sliding"})
+
+
+@hookimpl
+def modelrig_caches() -> list[CacheImplementation]:
+    return [
+        CacheImplementation(
+            name="dynamic",
+            summary="grows with the sequence, doubling its room",
+            planner="modelrig_plugins.caches.dynamic:DynamicPlanner",
+            implementation="modelrig_plugins.caches.dynamic_module:DynamicCache",
+            offers={"layout:bhsd", "rewind", "fullgraph"},
+            rank=10,
+            capabilities=_CAPABILITIES,
+        ),
+        CacheImplementation(
+            name="static",
+            summary="allocated once at its full length; addresses never change, so a compiled step can use it",
+            planner="modelrig_plugins.caches.static:StaticPlanner",
+            implementation="modelrig_plugins.caches.static_module:StaticCache",
+            offers={"layout:bhsd", "rewind", "fullgraph", "fixed_address"},
+            rank=20,
+            capabilities=_CAPABILITIES,
+        ),
+    ]

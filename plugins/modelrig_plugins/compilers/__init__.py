@@ -1,1 +1,20 @@
+"""What turns `model.step` into something faster. `none` runs it as it is."""
+
+from modelrig.components import NOTHING_TO_PLAN, Compiler, CompilerCapabilities
+from modelrig.hookspecs import hookimpl
+
 MODELRIG_API = "1.0"
+
+
+@hookimpl
+def modelrig_compilers() -> list[Compiler]:
+    return [
+        Compiler(
+            name="none",
+            summary="the step as it is, eager",
+            planner=NOTHING_TO_PLAN,
+            implementation="modelrig_plugins.compilers.none:NoneCompiler",
+            rank=0,
+            capabilities=CompilerCapabilities(devices={"cpu", "cuda"}),
+        )
+    ]

@@ -1,0 +1,52 @@
+"""Do the stored tensors fill the model? Answered from names and shapes, before a byte of data is read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from modelrig.components import Catalog, ModelFacts
+from modelrig.errors import LoadError, quoted
+
+LISTED = 20  # names of each sort that the message spells out; the error object holds all
+
+
+def match(facts: ModelFacts, catalog: Catalog, root: Path) -> None:
+    """Raise `LoadError` (LD-TENSORS) listing every missing, unexpected and misshapen tensor, if there is any."""
+    entries = catalog.entries
+    used = set(facts.ignored)
+    missing, misshapen = [], []
+    for parameter in facts.parameters:
+        name = parameter.stored_as
+        if name is None:
+            continue
+        used.add(name)
+        entry = entries.get(name)
+        if entry is None:
+            missing.append(name)
+        elif entry.shape != parameter.shape:
+            misshapen.append(f"{name}: stored as {list(entry.shape)}, the config asks for {list(parameter.shape)}")
+    unexpected = [name for name in entries if name not in used]
+    if not (missing or unexpected or misshapen):
+        return
+    parts = [
+        _listed(names, what)
+        for names, what in ((missing, "missing"), (unexpected, "unexpected"), (misshapen, "of another shape"))
+        if names
+    ]
+    raise LoadError(
+        "LD-TENSORS",
+        f"the stored tensors do not fill the {facts.architecture} model that config.json describes: " + "; ".join(parts),
+        path=root,
+        locus=(missing or misshapen or unexpected)[0].split(":")[0],
+        missing=missing,
+        unexpected=unexpected,
+        misshapen=misshapen,
+        hint="check that config.json and the tensor files belong to the same model",
+    )
+
+
+def _listed(names: Sequence[str], what: str) -> str:
+    shown = ", ".join(quoted(name) for name in names[:LISTED])
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return f"{len(names)} {what}: {shown}{more}"

@@ -1,0 +1,104 @@
+"""Rotary position embeddings: frequencies per scaling kind, and their application to queries and keys.
+
+The formulas are those of the papers: RoPE (Su et al. 2021), position interpolation (Chen et al. 2023), dynamic NTK (bloc97,
+emozilla 2023), YaRN (Peng et al. 2023), and Llama 3.1's smoothing between wavelengths; constants and conventions follow
+transformers' `modeling_rope_utils.py`, so that logits agree.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from modelrig.checkpoint.rope import RopeSpec
+
+
+def inverse_frequencies(spec: RopeSpec) -> tuple[Tensor, float]:
+    """Inverse frequencies float32 [dim / 2] and the factor for cos and sin, for lengths up to `spec.max_positions`."""
+    steps = torch.arange(0, spec.dim, 2, dtype=torch.float32) / spec.dim
+    plain = 1.0 / (spec.theta**steps)
+    if spec.kind == "linear":
+        return plain / spec.factor, 1.0
+    if spec.kind == "llama3":
+        return _smooth(plain, spec), 1.0
+    if spec.kind == "yarn":
+        return _yarn(plain, spec), _yarn_attention_factor(spec)
+    return plain, 1.0
+
+
+def _smooth(plain: Tensor, spec: RopeSpec) -> Tensor:
+    """Llama 3.1: long wavelengths are interpolated, short ones kept, those between blended."""
+    assert spec.original_positions is not None
+    low, high, trained = spec.low_frequency_factor, spec.high_frequency_factor, spec.original_positions
+    wavelength = 2 * math.pi / plain
+    blend = ((trained / wavelength - low) / (high - low)).clamp(0, 1)
+    return (1 - blend) * plain / spec.factor + blend * plain
+
+
+def _yarn(plain: Tensor, spec: RopeSpec) -> Tensor:
+    assert spec.original_positions is not None
+
+    def dimension_of(rotations: float) -> float:
+        return spec.dim * math.log(spec.original_positions / (rotations * 2 * math.pi)) / (2 * math.log(spec.theta))  # type: ignore[operator]
+
+    low, high = dimension_of(spec.beta_fast), dimension_of(spec.beta_slow)
+    if spec.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, spec.dim - 1)
+    if low == high:
+        high += 0.001
+    ramp = ((torch.arange(spec.dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    return plain / spec.factor * ramp + plain * (1 - ramp)
+
+
+def _yarn_attention_factor(spec: RopeSpec) -> float:
+    def magnitude(scale: float, weight: float = 1.0) -> float:
+        return 1.0 if scale <= 1 else 0.1 * weight * math.log(scale) + 1.0
+
+    if spec.attention_factor is not None:
+        return spec.attention_factor
+    if spec.mscale and spec.mscale_all_dim:
+        return magnitude(spec.factor, spec.mscale) / magnitude(spec.factor, spec.mscale_all_dim)
+    return magnitude(spec.factor)
+
+
+class Rotary(nn.Module):
+    """Positions [batch, count] → cos and signed sin, each [batch, 1, count, dim], in the model's dtype.
+
+    The sign of rotate-half is folded into sin: its first half is negated, so that `apply_rotary` needs no negation.
+    """
+
+    inverse: Tensor
+
+    def __init__(self, spec: RopeSpec, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.spec, self.dtype = spec, dtype
+        self.register_buffer("inverse", torch.empty(spec.dim // 2, dtype=torch.float32, device="meta"), persistent=False)
+        self.scale = 1.0
+
+    def init_buffers(self, device: torch.device) -> None:
+        inverse, self.scale = inverse_frequencies(self.spec)
+        self.inverse = inverse.to(device)
+
+    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        inverse = self._stretched(positions) if self.spec.depends_on_length else self.inverse
+        angles = (positions[:, :, None].to(torch.float32) * inverse)[:, None]
+        cos, sin = angles.cos(), angles.sin()
+        if self.scale != 1.0:
+            cos, sin = cos * self.scale, sin * self.scale
+        return torch.cat((cos, cos), dim=-1).to(self.dtype), torch.cat((-sin, sin), dim=-1).to(self.dtype)
+
+    def _stretched(self, positions: Tensor) -> Tensor:
+        """Dynamic NTK: each row's base grows with the row's own length, so that rows of a batch stay independent. [batch, 1, dim / 2]"""
+        spec = self.spec
+        length = (positions.amax(dim=1) + 1).clamp(min=spec.max_positions).to(torch.float32)
+        stretch = (spec.factor * length / spec.max_positions - (spec.factor - 1)) ** (spec.dim / (spec.dim - 2))
+        steps = torch.arange(0, spec.dim, 2, dtype=torch.float32, device=positions.device) / spec.dim
+        return 1.0 / ((spec.theta * stretch)[:, None, None] ** steps)
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate x [batch, heads, count, dim] by `cos` and signed `sin` [batch, 1, count, dim]."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)

@@ -1,0 +1,138 @@
+"""Facts of Llama checkpoints: config keys in v4 and v5 spelling, parameters, ties, layer kinds. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from attrs import frozen
+
+from modelrig.checkpoint.activations import ACTIVATIONS
+from modelrig.checkpoint.config import ConfigReader
+from modelrig.checkpoint.rope import RopeSpec, read_rope
+from modelrig.components import FLOATING, AttentionSpec, Catalog, ModelFacts, Parameter
+
+LIMIT = 1 << 24  # no width or vocabulary is larger
+LAYER_LIMIT = 1 << 16
+
+
+@frozen(kw_only=True)
+class LlamaConfig:
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    vocab_size: int
+    rms_norm_eps: float
+    hidden_act: str
+    attention_bias: bool
+    mlp_bias: bool
+    tied: bool
+    attention: AttentionSpec
+    rope: RopeSpec
+
+
+class LlamaPlanner:
+    @staticmethod
+    def describe(config: Mapping[str, Any], catalog: Catalog, path: Path) -> ModelFacts:
+        reader = ConfigReader(config, path)
+        with reader:
+            parsed, context_length = read_config(reader, catalog)
+            dtype = reader.choice("dtype", FLOATING, default=None, aliases=("torch_dtype",))
+        prefix = "" if "embed_tokens.weight" in catalog.entries else "model."  # saved as a base model, without its head
+        parameters = tuple(list_parameters(parsed, prefix))
+        layers = parsed.num_hidden_layers
+        return ModelFacts(
+            architecture="llama",
+            config=parsed,
+            parameters=parameters,
+            blocks=tuple(f"model.layers.{i}" for i in range(layers)),
+            layers=(parsed.attention,) * layers,
+            ties={"lm_head.weight": "model.embed_tokens.weight"} if parsed.tied else {},
+            hidden_size=parsed.hidden_size,
+            intermediate_size=parsed.intermediate_size,
+            vocab_size=parsed.vocab_size,
+            context_length=context_length,
+            dtype=dtype,
+            ignored=tuple(name for name in catalog.entries if name.endswith(".rotary_emb.inv_freq")),
+        )
+
+
+def read_config(reader: ConfigReader, catalog: Catalog) -> tuple[LlamaConfig, int]:
+    hidden = reader.integer("hidden_size", 1, LIMIT)
+    heads = reader.integer("num_attention_heads", 1, LIMIT)
+    kv_heads = reader.integer("num_key_value_heads", 1, LIMIT, default=heads)
+    layers = reader.integer("num_hidden_layers", 1, LAYER_LIMIT)
+    if "head_dim" not in reader:
+        reader.require(
+            hidden % heads == 0, "CF-REL", "hidden_size", f"{hidden} is not a multiple of num_attention_heads ({heads}), and there is no head_dim"
+        )
+    head_dim = reader.integer("head_dim", 1, LIMIT, default=max(1, hidden // heads))
+    reader.require(head_dim % 2 == 0, "CF-REL", "head_dim", f"{head_dim} is odd: rotary embeddings turn pairs")
+    reader.require(
+        heads % kv_heads == 0, "CF-REL", "num_key_value_heads", f"{kv_heads} does not divide num_attention_heads ({heads})"
+    )
+    stored = stored_layers(catalog)
+    if stored:
+        reader.require(
+            layers == stored, "CF-REL", "num_hidden_layers", f"{layers}, but the tensor files hold layers 0 to {stored - 1}"
+        )
+    max_positions = reader.integer("max_position_embeddings", 1, 1 << 31, default=2048)
+    rope = read_rope(reader, head_dim, max_positions)
+    tied = reader.boolean("tie_word_embeddings", default=False) and "lm_head.weight" not in catalog.entries
+    config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=reader.integer("intermediate_size", 1, LIMIT),
+        num_hidden_layers=layers,
+        vocab_size=reader.integer("vocab_size", 1, LIMIT),
+        rms_norm_eps=reader.number("rms_norm_eps", 0.0, 1.0, default=1e-6, exclusive=True),
+        hidden_act=reader.choice("hidden_act", ACTIVATIONS, default="silu"),
+        attention_bias=reader.boolean("attention_bias", default=False),
+        mlp_bias=reader.boolean("mlp_bias", default=False),
+        # A head that is stored is used as stored, whatever the flag says: equal tensors give equal results.
+        tied=tied,
+        attention=AttentionSpec(
+            num_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim, value_dim=head_dim, scale=head_dim**-0.5
+        ),
+        rope=rope,
+    )
+    return config, rope.context_length
+
+
+def stored_layers(catalog: Catalog) -> int:
+    """How many layers the tensor files hold, by their highest number; 0 if there are none."""
+    highest = -1
+    for name in catalog.entries:
+        head, found, rest = name.partition("layers.")
+        if found and head in ("", "model."):
+            number = rest.partition(".")[0]
+            if number.isascii() and number.isdigit() and len(number) < 8:
+                highest = max(highest, int(number))
+    return highest + 1
+
+
+def list_parameters(config: LlamaConfig, prefix: str) -> Iterator[Parameter]:
+    """Every parameter in execution order. `prefix` is what the checkpoint puts before the decoder's names."""
+    hidden, spec = config.hidden_size, config.attention
+    queries, keys = spec.num_heads * spec.head_dim, spec.num_key_value_heads * spec.head_dim
+    embedding = (config.vocab_size, hidden)
+    yield Parameter("model.embed_tokens.weight", embedding, "embedding", f"{prefix}embed_tokens.weight")
+    block: list[tuple[str, tuple[int, ...], str]] = [("input_layernorm.weight", (hidden,), "norm")]
+    for name, rows, columns, has_bias in (
+        ("self_attn.q_proj", queries, hidden, config.attention_bias),
+        ("self_attn.k_proj", keys, hidden, config.attention_bias),
+        ("self_attn.v_proj", keys, hidden, config.attention_bias),
+        ("self_attn.o_proj", hidden, queries, config.attention_bias),
+        ("mlp.gate_proj", config.intermediate_size, hidden, config.mlp_bias),
+        ("mlp.up_proj", config.intermediate_size, hidden, config.mlp_bias),
+        ("mlp.down_proj", hidden, config.intermediate_size, config.mlp_bias),
+    ):
+        block.append((f"{name}.weight", (rows, columns), "linear"))
+        if has_bias:
+            block.append((f"{name}.bias", (rows,), "bias"))
+    block.append(("post_attention_layernorm.weight", (hidden,), "norm"))
+    for i in range(config.num_hidden_layers):
+        for name, shape, role in block:
+            yield Parameter(f"model.layers.{i}.{name}", shape, role, f"{prefix}layers.{i}.{name}", i)
+    yield Parameter("model.norm.weight", (hidden,), "norm", f"{prefix}norm.weight")
+    yield Parameter("lm_head.weight", embedding, "head", None if config.tied else "lm_head.weight")

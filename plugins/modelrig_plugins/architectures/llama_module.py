@@ -1,0 +1,26 @@
+"""The Llama module, on the meta device."""
+
+from __future__ import annotations
+
+from modelrig.components import ModelFacts
+from modelrig.modules.activations import FUNCTIONS
+from modelrig.modules.decoder import Attention, BuildContext, CausalLM, Decoder, DecoderBlock, GatedMLP
+
+
+class LlamaBuilder:
+    @staticmethod
+    def build(facts: ModelFacts, context: BuildContext) -> CausalLM:
+        config = facts.config
+        hidden, epsilon = config.hidden_size, config.rms_norm_eps
+        blocks = [
+            DecoderBlock(
+                hidden,
+                epsilon,
+                Attention(hidden, spec, config.attention_bias, config.attention_bias, context),
+                GatedMLP(hidden, config.intermediate_size, config.mlp_bias, FUNCTIONS[config.hidden_act], context),
+                context.dtype,
+            )
+            for spec in facts.layers
+        ]
+        decoder = Decoder(config.vocab_size, hidden, epsilon, blocks, facts.layers, config.rope, context)
+        return CausalLM(decoder, config.vocab_size, hidden, config.tied, context)
