@@ -1,0 +1,1 @@
+"""From a plan to a filled module: schedule → execute → finalise."""
