@@ -423,7 +423,8 @@ class QuantizerPlanner(Protocol):
 
 class LinearMaker(Protocol):
     def make_linear(self, weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-        """The hot path for one weight [out, in] and its bias [out]: x [..., in] → [..., out]. Called once, after loading."""
+        """The hot path for one weight [out, in] and its bias [out]: x [tokens, in] → [tokens, out], or [in] → [out] for a single
+        token. Called once, after loading."""
         ...
 
 

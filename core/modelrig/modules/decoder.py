@@ -1,7 +1,10 @@
 """The decoder-only transformer that most families share: pre-norm blocks with rotary attention and a gated feed-forward.
 
 Module and parameter names are Hugging Face's, so a checkpoint's names need no mapping. A family composes or subclasses these;
-it does not copy them. Shapes: b batch, t tokens of this step, h heads, d head_dim, s slots.
+it does not copy them.
+
+Hidden states are flat: x is [b * t, hidden], or [hidden] when the step has a single token, so that the hot path of decoding is
+matrix times vector with no reshaping around it. Shapes: b batch, t tokens of this step, h heads, d head_dim, s slots.
 """
 
 from __future__ import annotations
@@ -44,17 +47,18 @@ class Attention(nn.Module):
         self.o_proj = Linear(spec.num_heads * spec.value_dim, hidden, output_bias, context.dtype)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Any, slots: Slots, layer: LayerCache) -> Tensor:
-        b, t, _ = x.shape
+        b, t = slots.positions.shape
         spec = self.spec
         q = heads_first(self.q_proj(x), b, t, spec.num_heads, spec.head_dim)
         k = heads_first(self.k_proj(x), b, t, spec.num_key_value_heads, spec.head_dim)
         v = heads_first(self.v_proj(x), b, t, spec.num_key_value_heads, spec.value_dim)
         keys, values = layer.update(apply_rotary(k, cos, sin), v, slots)
-        return self.o_proj(self.attend(apply_rotary(q, cos, sin), keys, values, mask, spec))
+        y = self.attend(apply_rotary(q, cos, sin), keys, values, mask, spec)  # [b, t, h * d]
+        return self.o_proj(y.view(-1) if b * t == 1 else y.view(b * t, -1))
 
 
 def heads_first(x: Tensor, b: int, t: int, heads: int, dim: int) -> Tensor:
-    """[b, t, heads * dim] → [b, heads, t, dim]; for one token that is a plain view."""
+    """[b * t, heads * dim] → [b, heads, t, dim]; for one token a row that is a plain view."""
     if t == 1:
         return x.view(b, heads, 1, dim)
     return x.view(b, t, heads, dim).transpose(1, 2)
@@ -110,8 +114,8 @@ class Decoder(nn.Module):
         self.specs = tuple(dict.fromkeys(specs))  # distinct ones, in order of appearance
         self.mask_of_layer = tuple(self.specs.index(spec) for spec in specs)
 
-    def forward(self, ids: Tensor, slots: Slots) -> Tensor:  # ids: [b, t] -> [b, t, hidden]
-        x = self.embed_tokens(ids)
+    def forward(self, ids: Tensor, slots: Slots) -> Tensor:  # ids: [b, t] -> [b * t, hidden] or [hidden]
+        x = self.embed_tokens(ids.view(()) if ids.numel() == 1 else ids.reshape(-1))
         cos, sin = self.rotary(slots.positions)
         masks = [self.prepare(spec, slots.visible(spec)) for spec in self.specs]
         for block, mask, layer in zip(self.layers, self.mask_of_layer, slots.layers, strict=True):
@@ -136,8 +140,11 @@ class CausalLM(nn.Module):
 
     def step(self, ids: Tensor, slots: Slots, last_only: bool = False) -> Tensor:
         """ids int64 [b, t] → logits [b, t, vocab], or [b, 1, vocab] with `last_only`."""
+        b, t = ids.shape
         x = self.model(ids, slots)
-        return self.lm_head(x[:, -1:] if last_only and x.shape[1] > 1 else x)
+        if last_only and t > 1:
+            x, t = x.view(b, t, -1)[:, -1], 1
+        return self.lm_head(x).view(b, t, -1)
 
     forward = step
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension, the mean of squares in float32 (Zhang and Sennrich, 2019).
+    """x / rms(x) * weight over the last dimension, the mean of squares in at least float32 (Zhang and Sennrich, 2019).
 
     Written with `vector_norm`, which reads a 16-bit input and sums in float32 in one operation: `F.rms_norm` has no fused
     kernel on CPU and becomes eight.
@@ -19,14 +19,15 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size, dtype=dtype, device="meta"), requires_grad=False)
         self.size, self.epsilon = size, epsilon
-        self.register_buffer("mean_epsilon", torch.empty(1, dtype=torch.float32, device="meta"), persistent=False)
+        self.sum_dtype = torch.promote_types(dtype, torch.float32)
+        self.register_buffer("mean_epsilon", torch.empty(1, dtype=self.sum_dtype, device="meta"), persistent=False)
 
     def init_buffers(self, device: torch.device) -> None:
-        self.mean_epsilon = torch.tensor([self.epsilon], dtype=torch.float32, device=device)
+        self.mean_epsilon = torch.tensor([self.epsilon], dtype=self.sum_dtype, device=device)
 
     def forward(self, x: Tensor) -> Tensor:  # x: [..., size]
-        norm = torch.linalg.vector_norm(x, 2, -1, True, dtype=torch.float32)
+        norm = torch.linalg.vector_norm(x, 2, -1, True, dtype=self.sum_dtype)
         scale = torch.addcmul(self.mean_epsilon, norm, norm, value=1 / self.size).rsqrt_()
-        if x.dtype == torch.float32:
+        if x.dtype == self.sum_dtype:
             return x * scale * self.weight
         return (x * scale).to(x.dtype) * self.weight

@@ -44,4 +44,7 @@ class SdpaAttention:
             scale=spec.scale,
             enable_gqa=spec.num_heads != spec.num_key_value_heads,
         )  # [b, h, t, d]
-        return y.transpose(1, 2).reshape(q.shape[0], q.shape[2], spec.num_heads * spec.value_dim)
+        b, _, t, _ = q.shape
+        if t > 1:
+            y = y.transpose(1, 2)
+        return y.reshape(b, t, spec.num_heads * spec.value_dim)
