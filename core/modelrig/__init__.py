@@ -1,1 +1,41 @@
-"""Modelrig."""
+"""Modelrig: load language models and generate with them out of exchangeable parts.
+
+Names are imported when they are first used: `import modelrig` itself imports neither torch nor a plugin.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from modelrig import errors
+    from modelrig.model import Model, Plan, load, plan
+    from modelrig.registry import plugins, register
+
+__version__ = "0.1.0"
+
+#: public name → the module it lives in
+_HOMES = {
+    "Model": "modelrig.model",
+    "Plan": "modelrig.model",
+    "load": "modelrig.model",
+    "plan": "modelrig.model",
+    "plugins": "modelrig.registry",
+    "register": "modelrig.registry",
+}
+
+__all__ = ["Model", "Plan", "__version__", "errors", "load", "plan", "plugins", "register"]
+
+
+def __getattr__(name: str) -> Any:
+    from importlib import import_module
+
+    if name == "errors":
+        return import_module("modelrig.errors")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'modelrig' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

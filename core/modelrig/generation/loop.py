@@ -1,0 +1,248 @@
+"""The one loop that all decoders run in: propose → step(1 + k tokens) → accept → commit. Plain decoding is k = 0."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from attrs import define, frozen
+from torch import Tensor
+
+from modelrig.errors import PluginError
+from modelrig.generation.detokenizer import Detokenizer
+from modelrig.generation.options import GenerateOptions
+from modelrig.generation.sampling import Sampler
+from modelrig.generation.stops import StopStrings
+
+if TYPE_CHECKING:
+    from modelrig.components import Cache, DecoderMaker
+    from modelrig.generation.tokenizer import Tokenizer
+
+PREFILL_CHUNK = 512  # tokens of a prompt per step: bounds activations, changes no result
+
+
+@frozen
+class Engine:
+    """What the loop needs of a loaded model."""
+
+    step: Callable[..., Tensor]
+    chunkable: bool
+    vocab_size: int
+    device: torch.device
+    tokenizer: Tokenizer | None
+    eos_ids: tuple[int, ...]
+
+
+@frozen
+class Stats:
+    """Figures of one generation. Seconds are those of the whole batch; `prompt_tokens` were really prefilled for this row."""
+
+    prompt_tokens: int
+    new_tokens: int
+    prefill_seconds: float
+    decode_seconds: float
+    peak_memory_bytes: int
+
+    @property
+    def tokens_per_second(self) -> float:
+        """New tokens after the first, per second of decoding."""
+        return (self.new_tokens - 1) / self.decode_seconds if self.decode_seconds > 0 and self.new_tokens > 1 else 0.0
+
+
+@frozen
+class Generation:
+    """One continuation. `tokens` are the new ids only; `text` ends before a stop string.
+
+    `finish_reason` is "stop" (an end-of-text or stop id, or a stop string), "length" (`max_new_tokens`, or a full context), or
+    "cancelled" when the stream was closed before.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    finish_reason: str
+    stats: Stats
+
+
+@frozen
+class Piece:
+    """A part of a stream: the text of row `row` that became certain, and the ids behind it. `finish_reason` is set on its last."""
+
+    text: str
+    tokens: tuple[int, ...]
+    row: int
+    finish_reason: str | None = None
+
+
+@define
+class _Row:
+    """What one row has produced so far."""
+
+    limit: int
+    stop_ids: frozenset[int]
+    stops: StopStrings
+    detokenizer: Detokenizer | None
+    tokens: list[int]
+    text: list[str]
+    finish_reason: str | None = None
+
+    def take(self, token: int) -> str:
+        """Add one token; returns the text that became certain."""
+        self.tokens.append(token)
+        text = ""
+        if token in self.stop_ids:
+            self.finish_reason = "stop"
+        elif self.detokenizer is not None:
+            text, stopped = self.stops.push(self.detokenizer.push(token))
+            self.finish_reason = "stop" if stopped else None
+        if self.finish_reason is None and len(self.tokens) >= self.limit:
+            self.finish_reason = "length"
+        if self.finish_reason is not None:
+            text += self._rest()
+        self.text.append(text)
+        return text
+
+    def _rest(self) -> str:
+        """What was held back, once the row has ended."""
+        if self.detokenizer is None or self.stops.stopped:
+            return ""
+        text, stopped = self.stops.push(self.detokenizer.finish())
+        if not stopped:
+            more, stopped = self.stops.flush()
+            text += more
+        if stopped:
+            self.finish_reason = "stop"
+        return text
+
+
+class Run:
+    """One call of generate: iterate over its `Piece`s, then ask for `results`.
+
+    Args:
+        prompts: the ids of each row that are not in the cache yet; rows of different lengths are padded on the left, as the
+            cache's `padding` already says.
+        histories: all ids of each row, for the penalties.
+        limit: new tokens at most.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        decoder: DecoderMaker,
+        cache: Cache,
+        prompts: Sequence[Sequence[int]],
+        histories: Sequence[Sequence[int]],
+        options: GenerateOptions,
+        limit: int,
+        decoder_options: Any = None,
+    ) -> None:
+        batch = len(prompts)
+        stop_ids = {*(() if options.ignore_eos else engine.eos_ids), *(options.stop_ids or ())}
+        self.engine, self.cache, self.prompts = engine, cache, prompts
+        self.sampler = Sampler(options, batch, engine.vocab_size, engine.device, sorted(stop_ids))
+        self.sampler.start(histories)
+        self.decoder = decoder.open(batch, self._choose, decoder_options)
+        self.rows = [
+            _Row(
+                limit,
+                frozenset(stop_ids),
+                StopStrings(options.stop),
+                None if engine.tokenizer is None else Detokenizer(engine.tokenizer),
+                [],
+                [],
+            )
+            for _ in prompts
+        ]
+        self.prefill_seconds = self.decode_seconds = 0.0
+
+    def _choose(self, logits: Tensor) -> Tensor:
+        """Logits [batch, vocab] → ids [batch], by the call's options."""
+        ids = self.sampler(self.sampler.process(logits))
+        self.sampler.observe(ids)
+        return ids
+
+    def __iter__(self) -> Iterator[Piece]:
+        started = time.perf_counter()
+        with torch.inference_mode():
+            accepted = self._accept(self._prefill(), None)
+        pieces = self._emit(accepted)
+        self.prefill_seconds = time.perf_counter() - started
+        started, outside = time.perf_counter(), 0.0
+        while True:
+            left = time.perf_counter()
+            yield from pieces
+            outside += time.perf_counter() - left  # what the caller does with the pieces is not decoding
+            if all(row.finish_reason for row in self.rows):
+                break
+            accepted = self._step(accepted[:, -1:])
+            pieces = self._emit(accepted)
+            self.decode_seconds = time.perf_counter() - started - outside
+
+    def _prefill(self) -> Tensor:
+        """All prompts into the cache; returns the logits of their last tokens, [batch, 1, vocab]."""
+        length = max(map(len, self.prompts))
+        padded = [[0] * (length - len(prompt)) + list(prompt) for prompt in self.prompts]
+        ids = torch.tensor(padded, device=self.engine.device)
+        chunk = PREFILL_CHUNK if self.engine.chunkable else length
+        for start in range(0, length, chunk):
+            part = ids[:, start : start + chunk]
+            logits = self.engine.step(part, self.cache.begin(part.shape[1]), True)
+            self.cache.commit(part.shape[1])
+        return logits
+
+    def _step(self, last: Tensor) -> Tensor:
+        """One turn of the loop: the ids that follow `last` [batch, 1], at least one a row."""
+        with torch.inference_mode():
+            drafts = self.decoder.propose(last[:, 0])
+            ids = last if drafts is None else torch.cat((last, drafts), dim=1)
+            logits = self.engine.step(ids, self.cache.begin(ids.shape[1]))
+            accepted = self._accept(logits, drafts)
+            self.cache.commit(accepted.shape[1])
+        return accepted
+
+    def _accept(self, logits: Tensor, drafts: Tensor | None) -> Tensor:
+        accepted = self.decoder.accept(logits, drafts)
+        if accepted.dim() != 2 or not 1 <= accepted.shape[1] <= logits.shape[1]:
+            raise PluginError(
+                "PL-CONTRACT",
+                f"accept returned ids {list(accepted.shape)} for logits {list(logits.shape)}; it must return [batch, 1 to {logits.shape[1]}]",
+                plugin=type(self.decoder).__name__,
+            )
+        return accepted
+
+    def _emit(self, accepted: Tensor) -> list[Piece]:
+        """Give every unfinished row its accepted ids."""
+        self.sampler.check()
+        pieces = []
+        for number, (row, ids) in enumerate(zip(self.rows, accepted.tolist(), strict=True)):
+            if row.finish_reason is not None:
+                continue
+            before, text = len(row.tokens), ""
+            for token in ids:
+                text += row.take(token)
+                if row.finish_reason is not None:
+                    break
+            pieces.append(Piece(text, tuple(row.tokens[before:]), number, row.finish_reason))
+        return pieces
+
+    def results(self) -> list[Generation]:
+        """One `Generation` a row."""
+        peak = peak_memory_bytes(self.engine.device)
+        return [
+            Generation(
+                "".join(row.text),
+                tuple(row.tokens),
+                row.finish_reason or "cancelled",
+                Stats(len(prompt), len(row.tokens), self.prefill_seconds, self.decode_seconds, peak),
+            )
+            for row, prompt in zip(self.rows, self.prompts, strict=True)
+        ]
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory used so far: this process's resident set, or the allocator's peak on a GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

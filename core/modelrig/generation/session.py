@@ -1,0 +1,104 @@
+"""A conversation that keeps its cache: each turn prefills only what the cache does not hold yet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from modelrig.errors import CacheError
+from modelrig.generation.loop import Generation, Piece, Run
+from modelrig.generation.options import GenerateOptions
+
+if TYPE_CHECKING:
+    from modelrig.components import Cache
+
+Message = Mapping[str, Any]
+
+
+class Session:
+    """Made by `model.session()`. Turn by turn the token ids are compared with those in the cache; their common beginning is kept.
+
+    * `generate(text)` and `generate([ids])` continue the text of the turns before.
+    * `generate(messages=[...])` renders a whole conversation through the chat template, and
+      `send(content)` adds one user message to the session's own conversation, and the answer to it.
+
+    Attributes:
+        tokens: every token id of the conversation so far, prompts and answers.
+        messages: the conversation that `send` keeps.
+    """
+
+    def __init__(
+        self,
+        cache: Cache,
+        encode: Callable[[Any, Sequence[Message] | None], list[int]],
+        start: Callable[[Cache, list[int], int, GenerateOptions], Run],
+    ) -> None:
+        self.cache, self._encode, self._start = cache, encode, start
+        self.tokens: list[int] = []
+        self.messages: list[dict[str, Any]] = []
+        self._cached: list[int] = []  # ids whose keys are in the cache, in order
+
+    def generate(self, prompt: Any = None, *, messages: Sequence[Message] | None = None, **options: Any) -> Generation:
+        """One turn; options as in `model.generate`."""
+        run = self._turn(prompt, messages, options)
+        for _ in self._follow(run):
+            pass
+        return run.results()[0]
+
+    def stream(self, prompt: Any = None, *, messages: Sequence[Message] | None = None, **options: Any) -> Iterator[Piece]:
+        """One turn, piece by piece. What was produced until the stream is closed stays in the session."""
+        return self._follow(self._turn(prompt, messages, options))
+
+    def send(self, content: str, **options: Any) -> Generation:
+        """Add a user message, return the answer, keep both."""
+        for _ in self.stream_send(content, **options):
+            pass
+        return self._answer
+
+    def stream_send(self, content: str, **options: Any) -> Iterator[Piece]:
+        """`send`, piece by piece. An interrupted answer is kept as far as it came."""
+        asked = [*self.messages, {"role": "user", "content": content}]
+        run = self._turn(None, asked, options)
+        try:
+            yield from self._follow(run)
+        finally:
+            self._answer = run.results()[0]
+            self.messages = [*asked, {"role": "assistant", "content": self._answer.text}]
+
+    def reset(self) -> None:
+        """Forget the conversation; the cache's memory stays allocated."""
+        self.cache.reset()
+        self.tokens, self.messages, self._cached = [], [], []
+
+    def _turn(self, prompt: Any, messages: Sequence[Message] | None, options: dict[str, Any]) -> Run:
+        made = GenerateOptions.make(**options)
+        ids = self._encode(prompt, messages)
+        if messages is None:
+            ids = self.tokens + ids
+        kept = self._keep(ids)
+        run = self._start(self.cache, ids, kept, made)
+        self.tokens = ids
+        return run
+
+    def _keep(self, ids: list[int]) -> int:
+        """Rewind the cache to the common beginning of what it holds and `ids`; at least one id is left to prefill."""
+        kept = 0
+        limit = min(len(self._cached), len(ids) - 1)
+        while kept < limit and self._cached[kept] == ids[kept]:
+            kept += 1
+        try:
+            self.cache.rewind(kept)
+        except CacheError:  # a cache that does not keep that much: prefill again
+            self.cache.reset()
+            kept = 0
+        del self._cached[kept:]
+        return kept
+
+    def _follow(self, run: Run) -> Iterator[Piece]:
+        try:
+            for piece in run:
+                self.tokens.extend(piece.tokens)
+                yield piece
+        finally:
+            # The last token was chosen but not fed; after an interruption the cache may also be shorter.
+            self._cached = self.tokens[: self.cache.length]

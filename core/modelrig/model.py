@@ -1,0 +1,400 @@
+"""The top of the house: a plan that can be loaded, and the loaded model.
+
+    plan  = modelrig.plan("tiny")            # no torch, no weights
+    model = plan.load()
+    out   = model.generate("def add(a, b):", max_new_tokens=32)
+
+torch is imported by `Plan.load`, not by this module.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from modelrig.errors import CacheError, GenerateError, LoadError, PluginError, ResourceLimitError
+from modelrig.planning.pipeline import make_plan
+from modelrig.planning.plan import RigPlan
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from modelrig.components import Cache
+    from modelrig.generation.loop import Engine, Generation, Piece, Run
+    from modelrig.generation.options import GenerateOptions
+    from modelrig.generation.session import Session
+    from modelrig.generation.tokenizer import Tokenizer
+    from modelrig.loading.materialise import LoadReport
+
+logger = logging.getLogger(__name__)
+
+Message = Mapping[str, Any]
+ProgressChoice = bool | Callable[[int, int], None]
+
+
+class Plan(RigPlan):
+    """A decision about how to load and run a model. See `modelrig.planning.plan.RigPlan` for what it holds."""
+
+    def load(self, progress: ProgressChoice = False) -> Model:
+        """Read the weights and build the model.
+
+        Args:
+            progress: True for a bar in bytes on stderr (only on a terminal), or a function called with (done, total).
+
+        Raises:
+            SourceError, FileError: a file is missing, or is not what was planned.
+            LoadError: the tensors do not fill the model.
+            PluginError: a chosen component cannot be imported or broke its contract.
+        """
+        from modelrig.loading.progress import progress_bar
+
+        bar = progress_bar("loading") if progress is True else nullcontext(progress or None)
+        with bar as report:
+            return _load(self, report)
+
+
+def plan(reference: str | Path, config: str | Path | Mapping[str, Any] | None = None, **request: Any) -> Plan:
+    """Decide how `reference` would be loaded and run, reading configs and tensor headers only.
+
+    Args:
+        reference: a folder, `org/name[@rev]`, or the name of a bundled model (`tiny`); an existing path wins.
+        config: a TOML file, or the same keys as a mapping; default `modelrig.toml` in the working directory, if there.
+        **request: quantizer, attention, cache, decoder, compiler, device_map, dtype, context, batch, max_memory, prefer, disable,
+            set. Arguments win over `MODELRIG_*` variables, these over the config.
+
+    Raises:
+        RequestError, CheckpointError, PlanError, PluginError.
+    """
+    return make_plan(reference, config, cls=Plan, **request)
+
+
+def load(
+    reference: str | Path,
+    config: str | Path | Mapping[str, Any] | None = None,
+    *,
+    progress: ProgressChoice = False,
+    **request: Any,
+) -> Model:
+    """`plan(...)` and `Plan.load` in one."""
+    return plan(reference, config, **request).load(progress=progress)
+
+
+def _load(plan: Plan, progress: Callable[[int, int], None] | None) -> Model:
+    """fetch → build on meta → read and place → tokenizer → model."""
+    import torch
+
+    from modelrig.generation.tokenizer import Tokenizer
+    from modelrig.loading.materialise import materialise
+    from modelrig.modules.decoder import BuildContext
+    from modelrig.planning.identify import fetch
+
+    dtype, device = getattr(torch, plan.dtype), torch.device(plan.device)
+    parts = {kind: choice.registered.implementation() for kind, choice in plan.choices.items()}
+    snapshot, catalog = fetch(plan.snapshot, plan.catalog, parts["sources"], plan.choices["formats"].registered.planner(), progress)
+    context = BuildContext(parts["attention"](plan.choices["attention"].options), parts["quantizers"], dtype)
+    module = parts["architectures"].build(plan.facts, context)
+    report = materialise(
+        module, plan.facts, catalog, parts["formats"], parts["quantizers"], dtype=dtype, device=device, progress=progress
+    )
+    tokenizer = Tokenizer.from_folder(snapshot.root, plan.facts.vocab_size)
+    return Model(plan, module, tokenizer, parts, report)
+
+
+class Model:
+    """A loaded plan. Use as a context manager, or call `close`, to let go of its memory.
+
+    Attributes:
+        plan: what was decided.
+        module: the torch module; parameters have Hugging Face's names.
+        tokenizer: None when the checkpoint has none; then prompts are token ids and results have no text.
+        load_report: bytes mapped and copied, and seconds.
+    """
+
+    def __init__(
+        self, plan: Plan, module: nn.Module, tokenizer: Tokenizer | None, parts: Mapping[str, Any], load_report: LoadReport
+    ) -> None:
+        import torch
+
+        self.plan, self.tokenizer, self.load_report = plan, tokenizer, load_report
+        self._module: nn.Module | None = module
+        self._parts = dict(parts)
+        self._dtype, self._device = getattr(torch, plan.dtype), torch.device(plan.device)
+        self._step = self._parts["compilers"].compile(module.step, plan.choices["compilers"].options)
+        self._idle: list[Cache] = []  # at most one cache, kept between calls so that its buffers stay
+
+    # ------------------------------------------------------------------------------------------ parts
+
+    @property
+    def module(self) -> nn.Module:
+        if self._module is None:
+            raise LoadError("LD-CLOSED", "the model was closed")
+        return self._module
+
+    @property
+    def step(self) -> Callable[..., Tensor]:
+        """`step(ids, slots, last_only=False)`: ids int64 [batch, tokens] at the place `cache.begin` gave → logits. What is compiled."""
+        if self._module is None:
+            raise LoadError("LD-CLOSED", "the model was closed")
+        return self._step
+
+    @property
+    def device_map(self) -> Mapping[str, str]:
+        """Module name → device; "" is the whole model."""
+        return self.plan.device_map
+
+    def memory(self) -> dict[str, int]:
+        """Measured bytes: `weights` (parameters and buffers, shared ones once), `cache` (the one kept between calls), `process`."""
+        tensors = {id(tensor): tensor for tensor in (*self.module.parameters(), *self.module.buffers())}
+        pages = int(Path("/proc/self/statm").read_text().split()[1]) if Path("/proc/self/statm").exists() else 0
+        return {
+            "weights": sum(parameter.nbytes for parameter in {id(p): p for p in self.module.parameters()}.values()),
+            "buffers": sum(tensor.nbytes for tensor in tensors.values()) - sum(p.nbytes for p in self.module.parameters()),
+            "cache": sum(cache.nbytes for cache in self._idle),
+            "process": pages * 4096,
+        }
+
+    def close(self) -> None:
+        """Let go of weights and caches; safe to call twice."""
+        self._module = None
+        self._idle.clear()
+        self._parts.clear()
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # ------------------------------------------------------------------------------------------ forward
+
+    def new_cache(self, batch: int = 1, max_len: int | None = None, padding: Sequence[int] | None = None) -> Cache:
+        """An empty cache of the planned kind for `batch` rows of up to `max_len` tokens (default: the planned context).
+
+        `padding` is each row's number of pad tokens on the left.
+        """
+        import torch
+
+        if not self.plan.facts.layers:
+            raise CacheError("CA-ARGS", f"a {self.plan.facts.architecture} model has no cache")
+        choice, module = self.plan.choices["caches"], self.module
+        del module  # closed models say so
+        with torch.inference_mode(False):  # buffers made inside an inference block could not be used outside
+            return self._parts["caches"].create(
+                self.plan.facts.layers,
+                batch=batch,
+                capacity=self.plan.context if max_len is None else max_len,
+                dtype=self._dtype,
+                device=self._device,
+                padding=padding,
+                options=choice.options,
+            )
+
+    def __call__(
+        self, input_ids: Any, cache: Cache | None = None, attention_mask: Any = None, token_type_ids: Any = None
+    ) -> Tensor:
+        """Logits [batch, tokens, vocab] of `input_ids` int64 [batch, tokens], following what `cache` holds.
+
+        Positions and masks come from the cache. `attention_mask` [batch, tokens] (1 token, 0 padding, on either side) is for
+        padded batches; with a cache, only for its first call.
+        """
+        import torch
+
+        from modelrig.generation.inputs import as_batch
+
+        if token_type_ids is not None:
+            raise GenerateError("GN-INPUT", f"a {self.plan.facts.architecture} model has no token types", locus="token_type_ids")
+        ids = as_batch(input_ids, self.plan.facts.vocab_size).to(self._device)
+        with torch.no_grad():
+            if attention_mask is None:
+                return self._forward(ids, cache, None)
+            from modelrig.modules.padding import PaddedBatch
+
+            batch = PaddedBatch(ids, attention_mask)
+            if cache is not None:
+                if cache.length:
+                    raise GenerateError("GN-INPUT", "only the first call on a cache can be padded", locus="attention_mask")
+                if cache.batch == ids.shape[0]:
+                    cache.reset(batch.padding)
+            return batch.restore(self._forward(batch.ids, cache, batch.padding))
+
+    def _forward(self, ids: Tensor, cache: Cache | None, padding: Sequence[int] | None) -> Tensor:
+        import torch
+
+        from modelrig.modules.slots import uncached_slots
+
+        batch, count = ids.shape
+        if cache is None:
+            starts = torch.tensor(padding, device=self._device) if padding is not None and any(padding) else None
+            return self.step(ids, uncached_slots(batch, count, len(self.plan.facts.layers), starts, self._device))
+        if cache.batch != batch:
+            raise CacheError("CA-ARGS", f"the cache has {cache.batch} rows, the input {batch}", locus="batch")
+        logits = self.step(ids, cache.begin(count))
+        cache.commit(count)
+        return logits
+
+    # ------------------------------------------------------------------------------------------ generate
+
+    def generate(
+        self, prompt: Any = None, *, messages: Sequence[Message] | None = None, cache: Cache | None = None, **options: Any
+    ) -> Generation | list[Generation]:
+        """Continue `prompt`: a str or token ids give one `Generation`; a list of either, or a tensor [batch, tokens], a list.
+
+        Args:
+            messages: a conversation for the chat template, instead of a prompt.
+            cache: a cache of yours, from `new_cache`; the prompt follows what it holds, and it keeps prompt and answer.
+            **options: see `modelrig.generation.options.GenerateOptions`. Without a temperature decoding is greedy.
+
+        With `num_return_sequences` above 1 a list is returned, sequences of a prompt side by side.
+        """
+        run, is_single, borrowed = self._start(prompt, messages, cache, options)
+        try:
+            for _ in run:
+                pass
+        finally:
+            self._give_back(borrowed)
+        results = run.results()
+        return results[0] if is_single else results
+
+    def stream(
+        self, prompt: Any = None, *, messages: Sequence[Message] | None = None, cache: Cache | None = None, **options: Any
+    ) -> Iterator[Piece]:
+        """`generate`, piece by piece: text as soon as it is certain. For several prompts `piece.row` says whose it is."""
+        run, _, borrowed = self._start(prompt, messages, cache, options)
+        return self._pieces(run, borrowed)
+
+    def _pieces(self, run: Run, borrowed: Cache | None) -> Iterator[Piece]:
+        try:
+            yield from run
+        finally:
+            self._give_back(borrowed)
+
+    def session(self, max_len: int | None = None) -> Session:
+        """A conversation that keeps its cache across turns."""
+        from modelrig.generation.session import Session
+
+        return Session(self.new_cache(1, max_len), self._encode_turn, self._start_turn)
+
+    def chat_prompt(self, messages: Sequence[Message]) -> str:
+        """The conversation as the model's chat template writes it, with the answer's beginning."""
+        if self.tokenizer is None:
+            raise GenerateError("GN-TOKENIZER", "this model has no tokenizer, so it cannot read messages")
+        return self.tokenizer.render_chat(messages)
+
+    def _start(
+        self, prompt: Any, messages: Sequence[Message] | None, cache: Cache | None, given: Mapping[str, Any]
+    ) -> tuple[Run, bool, Cache | None]:
+        """(the run, whether it has a single result, the cache to give back)"""
+        from modelrig.generation.options import GenerateOptions
+
+        options = GenerateOptions.make(**given)
+        prompts, is_single = self._ids(prompt, messages)
+        copies = options.num_return_sequences
+        rows = [prompt for prompt in prompts for _ in range(copies)]
+        longest = max(map(len, rows))
+        padding = [longest - len(row) for row in rows]
+        limit = self._limit(longest, 0 if cache is None else cache.length, self.plan.context if cache is None else cache.capacity, options)
+        borrowed = None
+        if cache is None:
+            cache = borrowed = self._borrow(len(rows), longest + limit, padding)
+        elif cache.batch != len(rows):
+            raise CacheError("CA-ARGS", f"the cache has {cache.batch} rows, there are {len(rows)} prompts", locus="batch")
+        elif any(padding):
+            if cache.length:
+                raise GenerateError("GN-INPUT", "prompts that continue a cache must have the same length, or run alone")
+            cache.reset(padding)
+        return self._run(cache, rows, rows, options, limit), is_single and copies == 1, borrowed
+
+    def _ids(self, prompt: Any, messages: Sequence[Message] | None) -> tuple[list[list[int]], bool]:
+        from modelrig.generation.inputs import as_prompts
+
+        if not self.plan.facts.generates:
+            raise GenerateError("GN-INPUT", f"a {self.plan.facts.architecture} model does not generate text")
+        if (prompt is None) == (messages is None):
+            raise GenerateError("GN-INPUT", "give either a prompt or messages")
+        if messages is not None:
+            text = self.chat_prompt(messages)
+            assert self.tokenizer is not None
+            return as_prompts(self.tokenizer.encode(text, add_special_tokens=False), None, self.plan.facts.vocab_size)
+        return as_prompts(prompt, self.tokenizer, self.plan.facts.vocab_size)
+
+    def _limit(self, prompt: int, held: int, capacity: int, options: GenerateOptions) -> int:
+        """New tokens at most; an explicit number that does not fit is an error, the default is cut to what fits."""
+        from modelrig.generation.options import DEFAULT_NEW_TOKENS
+
+        room = capacity - held - prompt + 1  # the last new token is never fed
+        wanted = options.max_new_tokens
+        if room < 1 or (wanted is not None and wanted > room):
+            asked = "" if wanted is None else f" and {wanted} new tokens"
+            before = f" after {held} in the cache" if held else ""
+            raise GenerateError(
+                "GN-CONTEXT",
+                f"{prompt} prompt tokens{asked}{before} do not fit into a context of {capacity}",
+                locus="max_new_tokens" if room >= 1 else None,
+                hint=f"plan a longer context (the config allows {self.plan.facts.context_length})",
+            )
+        return min(DEFAULT_NEW_TOKENS, room) if wanted is None else wanted
+
+    def _run(
+        self, cache: Cache, rows: Sequence[Sequence[int]], histories: Sequence[Sequence[int]], options: GenerateOptions, limit: int
+    ) -> Run:
+        from modelrig.generation.loop import Run
+
+        choice = self.plan.choices["decoders"]
+        maker = self._parts["decoders"]
+        if not options.is_greedy and not choice.registered.descriptor.capabilities.samples:
+            sampling = self.plan.decoder_when_sampling
+            if sampling is None:
+                raise GenerateError("GN-ARGS", f"the decoder {choice.name} does not sample", locus="temperature", hint="plan with decoder='auto'")
+            choice = sampling
+            maker = self._parts.setdefault("decoder_when_sampling", sampling.registered.implementation())
+        return Run(self._engine(), maker, cache, rows, histories, options, limit, choice.options)
+
+    def _engine(self) -> Engine:
+        from modelrig.generation.loop import Engine
+
+        eos = self.tokenizer.eos_ids if self.tokenizer is not None else self.plan.eos_ids
+        return Engine(
+            self.step, getattr(self.module, "chunkable", True), self.plan.facts.vocab_size, self._device, self.tokenizer, tuple(eos)
+        )
+
+    def _encode_turn(self, prompt: Any, messages: Sequence[Message] | None) -> list[int]:
+        rows, _ = self._ids(prompt, messages)
+        if len(rows) != 1:
+            raise GenerateError("GN-INPUT", "a session has one conversation, not a batch")
+        return rows[0]
+
+    def _start_turn(self, cache: Cache, ids: list[int], kept: int, options: GenerateOptions) -> Run:
+        if options.num_return_sequences != 1:
+            raise GenerateError("GN-ARGS", "a session has one answer a turn", locus="num_return_sequences")
+        limit = self._limit(len(ids) - kept, kept, cache.capacity, options)
+        return self._run(cache, [ids[kept:]], [ids], options, limit)
+
+    # ------------------------------------------------------------------------------------------ caches between calls
+
+    def _borrow(self, batch: int, needed: int, padding: Sequence[int]) -> Cache:
+        """The idle cache if it serves, else a new one: of the planned length, or just long enough for a larger batch than planned."""
+        idle = self._idle.pop() if self._idle else None
+        if idle is not None and idle.batch == batch and idle.capacity >= needed - 1:
+            idle.reset(padding)
+            return idle
+        if batch <= self.plan.batch:
+            return self.new_cache(batch, self.plan.context, padding)
+        planner = self.plan.choices["caches"].registered.planner()
+        bytes_needed = planner.nbytes(self.plan.facts.layers, batch, needed, self.plan.dtype, self.plan.choices["caches"].options)
+        available = self.plan.environment.available_bytes(self.plan.device)
+        if available is not None and bytes_needed > available:
+            raise ResourceLimitError(
+                "RL-MEM",
+                f"{batch} rows of {needed} tokens need a cache of {bytes_needed:,} bytes; {available:,} are available",
+                hint=f"the plan was made for a batch of {self.plan.batch}: give fewer prompts at a time",
+            )
+        logger.info("a batch of %d is more than the planned %d: allocating a cache of %s bytes", batch, self.plan.batch, f"{bytes_needed:,}")
+        return self.new_cache(batch, needed, padding)
+
+    def _give_back(self, cache: Cache | None) -> None:
+        if cache is not None and self._module is not None:
+            self._idle[:] = [cache]
