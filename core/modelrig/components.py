@@ -78,11 +78,13 @@ class Range:
 
 
 def _names(value: Iterable[str] | Mapping[str, Iterable[str]]) -> Any:
+    if isinstance(value, str):  # its letters would pass for names
+        raise TypeError(f"a set of names is needed, not the string {value!r}")
     return frozenset(value)
 
 
 def _links(value: Mapping[str, Iterable[str]]) -> Mapping[str, frozenset[str]]:
-    return {kind: frozenset(tokens) for kind, tokens in value.items()}
+    return {kind: _names(tokens) for kind, tokens in value.items()}
 
 
 @frozen(kw_only=True)

@@ -324,6 +324,8 @@ CODES: dict[str, str] = {
     "PL-API": "made for another version of the plugin API",
     "PL-UNKNOWN": "no plugin of that name",
     "PL-NEED": "a package the component needs is missing",
+    "PL-DISABLED": "a plugin or component that was asked for was disabled",
+    "PL-CONFLICT": "two distributions use the same plugin name",
     "PL-CONTRACT": "a component did not do what its kind's protocol asks",
     # loading and caches
     "LD-TENSORS": "tensors missing, unexpected or misshapen",
