@@ -1,0 +1,1 @@
+"""What every format shares: strict JSON, configs, headers, index files, and the catalog made of them."""

@@ -1,0 +1,45 @@
+"""Which files a checkpoint may name. Names in its JSON files are foreign text: they are judged before anything is opened."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from modelrig.components import Snapshot
+from modelrig.errors import FileError
+
+_FORBIDDEN = re.compile(r'[\x00-\x1f\x7f/\\:*?"<>|]')
+_DEVICES = frozenset({"con", "prn", "aux", "nul", *(f"{port}{digit}" for port in ("com", "lpt") for digit in range(1, 10))})
+
+
+def name_problem(name: str) -> str | None:
+    """Why `name` cannot name a file of the folder itself, on POSIX or on Windows; None if it can."""
+    if not name or name in (".", ".."):
+        return "names no file"
+    if found := _FORBIDDEN.search(name):
+        return f"has the character {found[0]!r}; a plain file name is needed"
+    if name[-1] in " .":
+        return "ends in a space or a dot"
+    if name.split(".", 1)[0].rstrip(" ").lower() in _DEVICES:
+        return "is the name of a device on Windows"
+    if len(name.encode("utf-8", "surrogatepass")) > 255:
+        return "is longer than 255 bytes"
+    return None
+
+
+def inside(snapshot: Snapshot, name: str) -> Path:
+    """The path of file `name` in the snapshot's folder, which may be a link to somewhere inside it or inside its `link_roots`.
+
+    The file need not exist. Raises `FileError` (IO-PATH) for a link that leads out.
+    """
+    path = snapshot.root / name
+    if not path.is_symlink():
+        return path
+    try:
+        target = Path(os.path.realpath(path))
+    except OSError as error:
+        raise FileError("IO-PATH", f"a link that cannot be followed: {error.strerror}", path=path) from error
+    if not any(target.is_relative_to(os.path.realpath(root)) for root in (snapshot.root, *snapshot.link_roots)):
+        raise FileError("IO-PATH", "a link that leaves the checkpoint's folder", path=path, hint="put a copy in its place")
+    return path
