@@ -16,7 +16,7 @@ from modelrig.registry.health import examine_installation
 
 PLUGIN_FAILED = 4
 PACKAGES = ("modelrig", "torch", "safetensors", "tokenizers", "huggingface_hub", "transformers", "numpy")
-VARIABLES = re.compile(r"(MODELRIG|HF|HUGGING_?FACE|HUGGINGFACE_HUB)_")
+VARIABLES = re.compile(r"(MODELRIG|HF|HUGGING_FACE|HUGGINGFACE)_")
 SECRET = re.compile(r"TOKEN|KEY|SECRET|PASSWORD")
 
 

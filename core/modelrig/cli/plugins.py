@@ -30,7 +30,7 @@ def command(context: click.Context, as_json: bool, kind: str | None) -> None:
     """List what is installed, in which state, and why."""
     if context.invoked_subcommand is not None:
         return
-    rows = [row for row in map(lambda row: _of_kind(row, kind), configured_registry().rows) if row is not None]
+    rows = [row for row in (_of_kind(row, kind) for row in configured_registry().rows) if row is not None]
     if as_json:
         print_json([row.to_json() for row in rows])
     else:
@@ -48,17 +48,15 @@ def _of_kind(row: PluginRow, kind: str | None) -> PluginRow | None:
 
 def _line(row: PluginRow) -> tuple[str, ...]:
     provides = [entry.name if entry.state == row.state else f"{entry.name} ({entry.state})" for entry in row.provides]
-    reasons = [
-        row.reason,
-        *(f"{entry.name}: {entry.reason}" for entry in row.provides if entry.reason and entry.reason != row.reason),
-    ]
-    return row.plugin, row.origin, row.state, ", ".join(provides), "; ".join(dict.fromkeys(filter(None, reasons)))
+    inner = [f"{entry.name}: {entry.reason}" for entry in row.provides if entry.reason and row.state == "active"]
+    return row.plugin, row.origin, row.state, ", ".join(provides), "; ".join(filter(None, [row.reason, *inner]))
 
 
 @command.command("show")
 @click.argument("name")
 @json_option
-def show(name: str, as_json: bool) -> None:
+@click.pass_context
+def show(context: click.Context, name: str, as_json: bool) -> None:
     """Tell everything about the plugin or component NAME (a plugin's name or row id, a component's name or full id)."""
     registry = configured_registry()
     everything = [component for kind in KINDS for component in registry.components(kind)]
@@ -73,7 +71,7 @@ def show(name: str, as_json: bool) -> None:
     inside = [one for one in everything if any(one.plugin == row.plugin and row.provides for row in rows) and one not in named]
     plugins = [row.to_json() | {"traceback": row.traceback} for row in rows + homes]
     components = [describe(component) for component in named + inside]
-    if as_json:
+    if as_json or (context.parent is not None and context.parent.params.get("as_json")):
         print_json({"plugins": plugins, "components": components})
         return
     for component in components:
@@ -85,12 +83,14 @@ def show(name: str, as_json: bool) -> None:
 
 def describe(component: Registered) -> dict[str, Any]:
     """Everything a component states, and its state, as plain data."""
-    stated = attrs.asdict(
-        component.descriptor, value_serializer=lambda _, __, value: sorted(value) if isinstance(value, frozenset) else value
-    )
+    stated = attrs.asdict(component.descriptor, value_serializer=_plain)
     stated["needs"] = {kind: sorted(tokens) for kind, tokens in component.descriptor.needs.items()}
     state = {key: getattr(component, key) for key in ("id", "kind", "plugin", "distribution", "state", "reason")}
     return state | stated
+
+
+def _plain(_: object, __: object, value: Any) -> Any:
+    return sorted(value) if isinstance(value, frozenset) else value
 
 
 def _print_fields(title: str, fields: Mapping[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shlex
 import tomllib
 from collections import defaultdict
 from collections.abc import Iterator
@@ -81,18 +82,17 @@ def _required_modelrig(registry: Registry) -> Iterator[Finding]:
     from packaging.requirements import InvalidRequirement, Requirement
 
     ours = next((row.version for row in registry.rows if row.distribution == OUR_DISTRIBUTION), None)
-    for name in sorted({row.distribution for row in registry.rows if row.distribution not in (None, OUR_DISTRIBUTION)}, key=str):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            for text in metadata.requires(str(name)) or []:
-                with contextlib.suppress(InvalidRequirement):
-                    requirement = Requirement(text)
-                    applies = requirement.marker is None or requirement.marker.evaluate()
-                    if canonical(requirement.name) == OUR_DISTRIBUTION and applies and ours:
-                        if not requirement.specifier.contains(ours, prereleases=True):
-                            text = f"asks for {requirement}, but modelrig {ours} is installed"
-                            yield Finding(
-                                "warning", "version", str(name), text, f"pip install '{requirement}', or another version of {name}"
-                            )
+    outside = {row.distribution for row in registry.rows if row.distribution not in (None, OUR_DISTRIBUTION)}
+    for name in sorted(map(str, outside)):
+        with contextlib.suppress(metadata.PackageNotFoundError, InvalidRequirement):
+            for requirement in map(Requirement, metadata.requires(name) or []):
+                applies = canonical(requirement.name) == OUR_DISTRIBUTION and (
+                    not requirement.marker or requirement.marker.evaluate()
+                )
+                if applies and ours is not None and not requirement.specifier.contains(ours, prereleases=True):
+                    text = f"asks for {requirement}, but modelrig {ours} is installed"
+                    fix = f"{shlex.join(['pip', 'install', str(requirement)])}, or install another version of {name}"
+                    yield Finding("warning", "version", name, text, fix)
 
 
 def _stale_entry_points() -> Iterator[Finding]:
@@ -109,4 +109,10 @@ def _stale_entry_points() -> Iterator[Finding]:
             if written != installed:
                 names = sorted(name for name in {*written, *installed} if written.get(name) != installed.get(name))
                 text = f"its pyproject.toml and what is installed disagree about {', '.join(names)}"
-                yield Finding("warning", "stale", distribution_name(distribution), text, f"pip install --editable {folder}")
+                yield Finding(
+                    "warning",
+                    "stale",
+                    distribution_name(distribution),
+                    text,
+                    shlex.join(["pip", "install", "--editable", str(folder)]),
+                )
