@@ -248,6 +248,7 @@ CODES: dict[str, str] = {
     # checkpoints: place and files
     "SR-UNKNOWN": "no source recognises the model reference",
     "SR-CLAIMS": "several sources, formats or architectures claim the same input",
+    "SR-FORMAT": "no installed format reads the tensor files that are there, or there are none",
     "SR-FETCH": "the model cannot be fetched, or is not in the local cache while offline",
     "IO-TYPE": "not a regular file or folder",
     "IO-READ": "a file cannot be opened or read",

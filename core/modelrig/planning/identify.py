@@ -1,0 +1,240 @@
+"""What the reference is: source, format and architecture are identified, not negotiated. Exactly one claims the input.
+
+resolve → catalog → describe. Only configs and headers are read.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from attrs import frozen
+
+from modelrig.checkpoint.catalog import list_tensor_files
+from modelrig.checkpoint.config import ConfigReader
+from modelrig.checkpoint.strict_json import load_json
+from modelrig.components import Architecture, Catalog, ModelFacts, Snapshot
+from modelrig.errors import CodeRefused, ConfigError, ModelrigError, PluginError, RequestError, SourceError, nearest, quoted
+from modelrig.registry import Registered, Registry
+from modelrig.registry.ledger import cause
+
+CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
+NEIGHBOURS = 1000  # entries of a folder that are considered for "did you mean"
+
+
+@frozen
+class Identified:
+    """A component that claims the input, and what it says it recognises."""
+
+    registered: Registered
+    why: str
+
+
+# ------------------------------------------------------------------------------------------------ resolve
+
+
+def resolve(reference: str, registry: Registry) -> tuple[Identified, Snapshot]:
+    """The source that recognises `reference`, and where the checkpoint lies.
+
+    Raises:
+        SourceError: SR-UNKNOWN, SR-CLAIMS, or what the source raises.
+    """
+    claims, silent = _claims("sources", reference, registry)
+    if not claims:
+        guess = nearest(reference, _neighbours(reference))
+        tried = "; ".join(f"{one.name}: {one.descriptor.summary}" for one in registry.components("sources") if one.state == "active")
+        raise SourceError(
+            "SR-UNKNOWN",
+            f"{quoted(reference)} is no existing path, and no source recognises it{guess}{_said(silent)}",
+            hint=f"sources take {tried}" if tried else "no source is installed; modelrig plugins lists what is",
+        )
+    chosen = _only(claims, f"the reference {quoted(reference)}")
+    return chosen, _ask(chosen.registered, "resolve", reference)
+
+
+def _neighbours(reference: str) -> list[str]:
+    """Names that exist beside the path `reference` would be."""
+    try:
+        parent, _, _ = reference.rpartition("/")
+        with os.scandir(parent or ".") as found:
+            names = [entry.name for entry, _ in zip(found, range(NEIGHBOURS), strict=False) if entry.is_dir()]
+    except (OSError, ValueError):
+        return []
+    return [f"{parent}/{name}" if parent else name for name in names]
+
+
+# ------------------------------------------------------------------------------------------------ catalog
+
+
+def catalog(snapshot: Snapshot, registry: Registry) -> tuple[Identified, Catalog]:
+    """The format that reads the folder, and every tensor it holds.
+
+    Raises:
+        SourceError: SR-FORMAT, naming the tensor files that are there; SR-CLAIMS.
+    """
+    claims, silent = _claims("formats", snapshot, registry)
+    if not claims:
+        names = list_tensor_files(snapshot)
+        there = ", ".join(quoted(name) for name in names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+        known = ", ".join(one.name for one in registry.components("formats") if one.state == "active") or "none"
+        what = f"no installed format reads what is there ({there}); installed: {known}" if names else "the folder holds no tensor files"
+        raise SourceError("SR-FORMAT", what + _said(silent), path=snapshot.root)
+    chosen = _only(claims, f"the folder {snapshot.root}")
+    return chosen, _ask(chosen.registered, "catalog", snapshot)
+
+
+# ------------------------------------------------------------------------------------------------ describe
+
+
+def read_config(snapshot: Snapshot) -> dict[str, Any]:
+    """config.json of the checkpoint. Raises `ConfigError`."""
+    return load_json(snapshot.root / CONFIG, error=ConfigError, prefix="CF")
+
+
+def identify_architecture(config: Mapping[str, Any], path: Path, registry: Registry) -> Identified:
+    """The component that implements the config's `model_type`.
+
+    Raises:
+        ConfigError: CF-MISSING, CF-TYPE, CF-ARCH (with the nearest known).
+        CodeRefused: nobody implements it, and the checkpoint would have its own code run.
+    """
+    with ConfigReader(config, path) as read:
+        model_type = read.string("model_type")
+    serving, others, known = [], [], set()
+    for one in registry.components("architectures"):
+        assert isinstance(one.descriptor, Architecture)
+        known |= one.descriptor.model_types
+        if model_type in one.descriptor.model_types:
+            (serving if one.state == "active" else others).append(one)
+    if serving:
+        return _only([Identified(one, f"model_type {model_type!r} in {CONFIG}") for one in serving], f"model_type {model_type!r}")
+    if "auto_map" in config:
+        raise CodeRefused(
+            "CR-CODE",
+            f"model_type {quoted(model_type)} is not among {_listed(known)}, and the checkpoint asks for its own code to be run",
+            path=path,
+            locus="auto_map",
+            hint="code of a checkpoint is never run; a plugin can add the architecture",
+        )
+    silent = {one.id: _why_silent(one) for one in others}
+    raise ConfigError(
+        "CF-ARCH",
+        f"no installed architecture implements {quoted(model_type)}; known are {_listed(known)}{nearest(model_type, known)}{_said(silent)}",
+        path=path,
+        locus="model_type",
+    )
+
+
+def describe(config: Mapping[str, Any], path: Path, catalog: Catalog, registry: Registry) -> tuple[Identified, ModelFacts]:
+    """The architecture, and what its planner knows of this checkpoint."""
+    chosen = identify_architecture(config, path, registry)
+    facts: ModelFacts = _ask(chosen.registered, "describe", config, catalog, path)
+    return chosen, facts
+
+
+def config_notes(config: Mapping[str, Any], architecture: str) -> list[str]:
+    """What is odd in config.json without being wrong."""
+    notes = []
+    if "auto_map" in config:
+        notes.append(f"{CONFIG} names code of its own (auto_map); it is not run, {architecture} is used")
+    classes = config.get("architectures")
+    family = str(config["model_type"]).replace("_", "").replace("-", "").lower()
+    if isinstance(classes, list):
+        strange = [name for name in classes if isinstance(name, str) and not name.replace("_", "").lower().startswith(family)]
+        if strange:
+            notes.append(f"{CONFIG} says model_type {quoted(config['model_type'])} but architectures {quoted(strange[0])}; model_type decides")
+    return notes
+
+
+def read_eos_ids(config: Mapping[str, Any], snapshot: Snapshot) -> tuple[int, ...]:
+    """Ids that end a text: those of generation_config.json, else of config.json. Raises `ConfigError`."""
+    path = snapshot.root / GENERATION_CONFIG
+    if path.exists():
+        generation = load_json(path, error=ConfigError, prefix="CF")
+        if generation.get("eos_token_id") is not None:
+            return _eos_ids(generation, path)
+    return _eos_ids(config, snapshot.root / CONFIG)
+
+
+def _eos_ids(config: Mapping[str, Any], path: Path) -> tuple[int, ...]:
+    with ConfigReader(config, path) as read:
+        ids = read.integers("eos_token_id", -1, 1 << 31, default=(), single=True)
+    return tuple(token for token in ids if token >= 0)
+
+
+# ------------------------------------------------------------------------------------------------ claims
+
+
+def _claims(kind: str, subject: Any, registry: Registry) -> tuple[list[Identified], dict[str, str]]:
+    """Those that claim `subject`, and why the others that could not even be asked were silent."""
+    claims, silent = [], {}
+    for one in registry.components(kind):
+        if one.state != "active":
+            silent[one.id] = _why_silent(one)
+            continue
+        try:
+            why = one.planner().claims(subject)
+        except MemoryError:
+            raise
+        except ModelrigError as error:
+            silent[one.id] = str(error)
+        except Exception as error:  # one that fails must not keep the others from recognising it
+            silent[one.id] = f"failed: {cause(error)}"
+        else:
+            if why is not None:
+                claims.append(Identified(one, str(why)))
+    for row in registry.rows:
+        if row.state not in ("active", "disabled") and not row.provides:
+            silent[row.id] = f"{row.state}: {row.reason}"
+    return claims, silent
+
+
+def _only(claims: list[Identified], what: str) -> Identified:
+    if len(claims) == 1:
+        return claims[0]
+    listed = "; ".join(f"{claim.registered.id} ({claim.why})" for claim in claims)
+    raise SourceError(
+        "SR-CLAIMS", f"{what} is claimed by {len(claims)} components: {listed}", hint="disable all but one: disable = [\"plugin\"]"
+    )
+
+
+def _ask(registered: Registered, method: str, *arguments: Any) -> Any:
+    """Call the planner; whatever it raises beside our errors becomes a `PluginError` (PL-CONTRACT)."""
+    call: Callable[..., Any] = getattr(registered.planner(), method)
+    try:
+        return call(*arguments)
+    except (ModelrigError, MemoryError):
+        raise
+    except Exception as error:
+        raise PluginError(
+            "PL-CONTRACT",
+            f"{registered.id} failed to {method}: {cause(error)}",
+            plugin=registered.id,
+            distribution=registered.distribution,
+        ) from error
+
+
+def _why_silent(one: Registered) -> str:
+    install = f" ({one.descriptor.install})" if one.descriptor.install else ""
+    return f"{one.state}: {one.reason}{install}"
+
+
+def _said(silent: Mapping[str, str]) -> str:
+    return "".join(f"; {name} could not be asked, {why}" for name, why in silent.items())
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names)) or "none"
+
+
+def check_reference(reference: Any) -> str:
+    """`reference` as a string. Raises `RequestError` (RQ-VALUE)."""
+    if not isinstance(reference, str | os.PathLike):
+        raise RequestError("RQ-VALUE", f"{quoted(reference)}; a path, org/name[@rev] or a bundled name is accepted", locus="model")
+    text = os.fspath(reference)
+    if not isinstance(text, str) or not text or "\0" in text:
+        raise RequestError("RQ-VALUE", f"{quoted(text)}; a path, org/name[@rev] or a bundled name is accepted", locus="model")
+    return text

@@ -1,0 +1,154 @@
+"""What each negotiated kind has to do for this model, request and device: frozen data that rules and planners check against.
+
+A need is derived once per plan. `origins` says for each field where its value comes from, for the sentence a refusal is made of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from attrs import Factory, frozen
+
+from modelrig.components import AttentionSpec, ModelFacts
+
+
+@frozen(kw_only=True)
+class Need:
+    """What all needs have. `device` is a device type (`"cpu"`, `"cuda"`), `dtype` the one the model computes in."""
+
+    device: str
+    dtype: str
+    batch: int = 1
+    context: int = 1
+    origins: Mapping[str, str] = Factory(dict)
+
+
+@frozen(kw_only=True)
+class AttentionNeed(Need):
+    """For a kernel that serves every layer."""
+
+    head_dims: frozenset[int]
+    masks: frozenset[str]
+    grouped_heads: bool
+    softcap: bool
+    sinks: bool
+    unequal_value_dim: bool
+    layers: tuple[AttentionSpec, ...]  # the distinct ones
+
+
+@frozen(kw_only=True)
+class CacheNeed(Need):
+    """For a cache that holds every layer. `kinds` are layer kinds: full, sliding."""
+
+    kinds: frozenset[str]
+    batched: bool
+    layers: tuple[AttentionSpec, ...]  # one per layer
+
+
+@frozen(kw_only=True)
+class QuantizerNeed(Need):
+    """For whatever holds the 2-D weights. `scheme` is what they are stored as: "none", or the checkpoint's own quantisation."""
+
+    scheme: str
+    shapes: frozenset[tuple[int, ...]]  # the distinct shapes of linear weights [out, in]
+
+
+@frozen(kw_only=True)
+class DecoderNeed(Need):
+    samples: bool
+    batched: bool
+
+
+@frozen(kw_only=True)
+class CompilerNeed(Need):
+    """For whatever compiles the step."""
+
+
+@frozen(kw_only=True)
+class Situation:
+    """What needs are derived from: the model, and what was decided before the parts are negotiated."""
+
+    facts: ModelFacts
+    scheme: str
+    device: str  # with its number: "cuda:0"
+    dtype: str
+    context: int
+    batch: int
+    origins: Mapping[str, str]  # of device, dtype, context and batch
+
+    @property
+    def device_type(self) -> str:
+        return self.device.partition(":")[0]
+
+
+def attention_need(at: Situation) -> AttentionNeed:
+    layers = tuple(dict.fromkeys(at.facts.layers))
+    # `generate` takes prompts of different lengths whatever was planned, so padding is always needed.
+    masks = {"padding"} | {"causal" if spec.causal else "bidirectional" for spec in layers}
+    masks |= {"window" for spec in layers if spec.window is not None}
+    from_config = dict.fromkeys(
+        ("head_dims", "masks", "grouped_heads", "softcap", "sinks", "unequal_value_dim"), "config.json"
+    )
+    return AttentionNeed(
+        **_common(at, from_config),
+        head_dims=frozenset(spec.head_dim for spec in layers),
+        masks=frozenset(masks),
+        grouped_heads=any(spec.num_key_value_heads != spec.num_heads for spec in layers),
+        softcap=any(spec.softcap is not None for spec in layers),
+        sinks=any(spec.sinks for spec in layers),
+        unequal_value_dim=any(spec.value_dim != spec.head_dim for spec in layers),
+        layers=layers,
+    )
+
+
+def cache_need(at: Situation) -> CacheNeed:
+    kinds = frozenset("full" if spec.window is None else "sliding" for spec in at.facts.layers)
+    common = _common(at, {"kinds": "config.json", "batched": at.origins.get("batch", "default")})
+    return CacheNeed(**common, kinds=kinds, batched=at.batch > 1, layers=at.facts.layers)
+
+
+def quantizer_need(at: Situation) -> QuantizerNeed:
+    shapes = {parameter.shape for parameter in at.facts.parameters if parameter.role == "linear"}
+    return QuantizerNeed(**_common(at, {"scheme": "config.json"}), scheme=at.scheme, shapes=frozenset(shapes))
+
+
+def decoder_need(at: Situation, samples: bool = False) -> DecoderNeed:
+    origins = {"samples": "generate's temperature", "batched": at.origins.get("batch", "default")}
+    return DecoderNeed(**_common(at, origins), samples=samples, batched=at.batch > 1)
+
+
+def compiler_need(at: Situation) -> CompilerNeed:
+    return CompilerNeed(**_common(at, {}))
+
+
+#: kind → how its need is derived
+NEEDS: dict[str, Callable[[Situation], Need]] = {
+    "quantizers": quantizer_need,
+    "attention": attention_need,
+    "caches": cache_need,
+    "decoders": decoder_need,
+    "compilers": compiler_need,
+}
+
+
+def _common(at: Situation, origins: Mapping[str, str]) -> dict[str, Any]:
+    return {
+        "device": at.device_type,
+        "dtype": at.dtype,
+        "batch": at.batch,
+        "context": at.context,
+        "origins": {**at.origins, **origins},
+    }
+
+
+def stored_scheme(config: Mapping[str, Any]) -> str:
+    """How config.json says its 2-D weights are stored: `"none"`, or `<quant_method>` with the variant where it names one."""
+    quantization = config.get("quantization_config")
+    if not isinstance(quantization, Mapping) or not isinstance(quantization.get("quant_method"), str):
+        return "none" if quantization is None else "unknown"
+    method: str = quantization["quant_method"]
+    variant = "int8" if quantization.get("load_in_8bit") is True else None
+    if quantization.get("load_in_4bit") is True:
+        variant = quantization.get("bnb_4bit_quant_type", "fp4")
+    return f"{method}_{variant}" if isinstance(variant, str) else method

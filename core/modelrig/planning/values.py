@@ -1,0 +1,220 @@
+"""How the value of each request key is written, and what it becomes. A value that cannot be used raises ValueError.
+
+The parsers know nothing of files, variables or components: `modelrig.planning.request` says where a value came from, and
+negotiation says whether a name means anything.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from attrs import Factory, frozen
+
+from modelrig.components import FLOATING
+from modelrig.errors import nearest, quoted
+
+AUTO = "auto"
+NOTHING = "none"  # the name of a kind's doing-nothing component
+LIMIT = 1 << 31  # no batch or context is larger
+
+#: further spellings of dtypes: torch's own short names, and those of other tools' configs
+DTYPE_SPELLINGS = {
+    "float": "float32", "fp32": "float32", "f32": "float32",
+    "half": "float16", "fp16": "float16", "f16": "float16",
+    "bf16": "bfloat16",
+    "double": "float64", "fp64": "float64", "f64": "float64",
+}  # fmt: skip
+#: powers as disks and Hugging Face count them, and as memory is counted
+SIZE_UNITS = {
+    "": 1, "b": 1,
+    "k": 10**3, "kb": 10**3, "m": 10**6, "mb": 10**6, "g": 10**9, "gb": 10**9, "t": 10**12, "tb": 10**12,
+    "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
+}  # fmt: skip
+_SIZE = re.compile(r"\s*([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*([a-zA-Z]{0,3})\s*", re.ASCII)
+_DEVICE = re.compile(r"cpu|cuda(?::[0-9]{1,4})?", re.ASCII)
+LATER_DEVICE_MAPS = ("balanced", "balanced_low_0", "sequential")
+
+
+@frozen
+class Wish:
+    """What was asked for one slot.
+
+    `names` in order of preference; with `otherwise` any other component may serve when none of them fits. `options` are by
+    name, those under "" go to whichever component is chosen.
+    """
+
+    names: tuple[str, ...] = ()
+    otherwise: bool = True
+    excluded: tuple[str, ...] = ()
+    options: Mapping[str, Mapping[str, Any]] = Factory(dict)
+
+    @property
+    def is_pin(self) -> bool:
+        """Exactly one component may serve."""
+        return len(self.names) == 1 and not self.otherwise
+
+    def options_of(self, *names: str) -> dict[str, Any]:
+        """The options for a component known by any of `names`."""
+        merged: dict[str, Any] = {}
+        for name in (*names, ""):
+            merged |= self.options.get(name, {})
+        return merged
+
+    def to_json(self) -> Any:
+        """The wish as it would be written in a config file."""
+        items: list[Any] = [{"name": name, **self.options[name]} if self.options.get(name) else name for name in self.names]
+        items += [f"!{name}" for name in self.excluded]
+        if self.otherwise and self.names:
+            items.append(AUTO)
+        if not items:
+            return dict(self.options[""]) if self.options.get("") else AUTO
+        return items[0] if len(items) == 1 else items
+
+
+def slot(value: Any) -> Wish:
+    """`"auto"`, a name, `"!name"`, `None` for the doing-nothing choice, `{"name": ..., option: ...}`, or a list of these."""
+    items = list(value) if isinstance(value, list | tuple) else [value]
+    if not items:
+        raise ValueError("an empty list; name at least one component, or leave it at 'auto'")
+    names: list[str] = []
+    excluded: list[str] = []
+    options: dict[str, dict[str, Any]] = {}
+    otherwise = False
+    for item in items:
+        name, given = _named(item)
+        if name == AUTO:
+            otherwise = True
+        elif name.startswith("!"):
+            excluded.append(name[1:])
+        else:
+            names.append(name)
+        if given:
+            options.setdefault("" if name == AUTO else name, {}).update(given)
+    return Wish(tuple(dict.fromkeys(names)), otherwise or not names, tuple(excluded), options)
+
+
+def _named(item: Any) -> tuple[str, dict[str, Any]]:
+    if item is None:
+        return NOTHING, {}
+    if isinstance(item, Mapping):
+        given = dict(item)
+        name = given.pop("name", AUTO)
+        if not all(isinstance(key, str) for key in given):
+            raise ValueError(f"{quoted(item)}; the names of options are strings")
+    else:
+        name, given = item, {}
+    if not isinstance(name, str) or not name.strip("! "):
+        raise ValueError(f"{quoted(item)}; 'auto', a component's name, '!name', a list of these or a table with a name is accepted")
+    return name, given
+
+
+def dtype(value: Any) -> str:
+    """`"auto"`, a floating dtype by its torch name or a common short one, or a `torch.dtype`."""
+    text = str(value) if type(value).__module__ == "torch" else value
+    if isinstance(text, str):
+        name = text.removeprefix("torch.")
+        name = DTYPE_SPELLINGS.get(name, name)
+        if name in FLOATING or name == AUTO:
+            return name
+        raise ValueError(f"{quoted(text)} is not one of auto, {', '.join(FLOATING)}{nearest(name, FLOATING)}")
+    raise ValueError(f"{quoted(value)}; one of auto, {', '.join(FLOATING)} is accepted")
+
+
+def context(value: Any) -> int | str:
+    """`"auto"`, or how many tokens a sequence may have."""
+    return AUTO if value == AUTO else count(value, "'auto' or a whole number of tokens")
+
+
+def batch(value: Any) -> int:
+    """How many sequences run at once."""
+    return count(value, "a whole number of sequences")
+
+
+def count(value: Any, what: str) -> int:
+    """A whole number from 1 on."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < LIMIT:
+        raise ValueError(f"{quoted(value)}; {what} from 1 to {LIMIT - 1:,} is accepted")
+    return value
+
+
+def device_map(value: Any) -> str:
+    """`"auto"` or one device: `"cpu"`, `"cuda"`, `"cuda:1"`, a GPU's number, a `torch.device`, or `{"": device}`."""
+    if isinstance(value, Mapping):
+        if list(value) != [""]:
+            raise ValueError("a map of modules to devices is not available yet; 'auto' or one device is accepted")
+        value = value[""]
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 10_000:
+        return f"cuda:{value}"
+    text = str(value) if type(value).__module__ == "torch" else value
+    if text in LATER_DEVICE_MAPS:
+        raise ValueError(f"{text!r} is not available yet; 'auto' or one device is accepted")
+    if isinstance(text, str) and (text == AUTO or _DEVICE.fullmatch(text)):
+        return text
+    guess = nearest(text, (AUTO, "cpu", "cuda", *LATER_DEVICE_MAPS)) if isinstance(text, str) else ""
+    raise ValueError(f"{quoted(value)}; 'auto', 'cpu', 'cuda', 'cuda:<number>' or a GPU's number is accepted{guess}")
+
+
+def max_memory(value: Any) -> Mapping[str, int]:
+    """Bytes (`8_000_000_000`, `"8GB"`, `"7.5GiB"`) for every device, or a map from device to bytes. "" stands for every device."""
+    if not isinstance(value, Mapping):
+        return {"": size(value)}
+    limits: dict[str, int] = {}
+    for key, limit in value.items():
+        device = device_map(key)
+        if device == AUTO:
+            raise ValueError("the keys of a map are devices; 'auto' is none")
+        limits["cuda:0" if device == "cuda" else device] = size(limit)
+    return limits
+
+
+def size(value: Any) -> int:
+    """A number of bytes; text may carry a unit (GB is 10⁹, GiB is 2³⁰)."""
+    if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 63:
+        return value
+    found = _SIZE.fullmatch(value) if isinstance(value, str) else None
+    if found and found[2].lower() in SIZE_UNITS:
+        whole, _, fraction = found[1].partition(".")
+        bytes_ = int(whole + fraction) * SIZE_UNITS[found[2].lower()] // 10 ** len(fraction)
+        if bytes_:
+            return bytes_
+    raise ValueError(f"{quoted(value)}; a number of bytes such as 8000000000, '8GB' or '7.5GiB' is accepted")
+
+
+def names(value: Any) -> tuple[str, ...]:
+    """A name or a list of names of components, plugins or distributions."""
+    items = [value] if isinstance(value, str) else value
+    if not isinstance(items, list | tuple) or not all(isinstance(item, str) and item for item in items):
+        raise ValueError(f"{quoted(value)}; a list of names is accepted")
+    return tuple(items)
+
+
+def options_of_slots(slots: Sequence[str]) -> Callable[[Any], dict[str, dict[str, Any]]]:
+    """A parser of `{"quantizer.group_size": 64}` into `{"quantizer": {"group_size": 64}}`."""
+
+    def parse(value: Any) -> dict[str, dict[str, Any]]:
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{quoted(value)}; a table such as {{'quantizer.group_size': 64}} is accepted")
+        options: dict[str, dict[str, Any]] = {}
+        for key, item in value.items():
+            name, dot, option = key.partition(".") if isinstance(key, str) else ("", "", "")
+            if not dot or not option or name not in slots:
+                guess = nearest(name, slots) if name else ""
+                raise ValueError(f"{quoted(key)}; '<slot>.<option>' with one of {', '.join(slots)} is accepted{guess}")
+            options.setdefault(name, {})[option] = item
+        return options
+
+    return parse
+
+
+def from_text(text: str) -> Any:
+    """The value of an environment variable or command-line option: TOML where it is (`64`, `true`, `["a", "b"]`), else the text."""
+    if "\n" in text or "\r" in text:
+        return text
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except (ValueError, RecursionError):
+        return text.strip()
+    return value if isinstance(value, str | int | float | bool | list | dict) else text.strip()
