@@ -14,8 +14,9 @@ import resource
 from collections.abc import Mapping
 from importlib.metadata import Distribution, PackageNotFoundError, distribution, distributions
 from pathlib import Path
+from typing import Any
 
-from attrs import Factory, frozen
+from attrs import Factory, asdict, frozen
 
 from modelrig.planning.nvml import Gpu, visible_gpus
 
@@ -53,6 +54,24 @@ class Environment:
     torch: str | None = None  # version
     torch_cuda: bool = False  # this build of torch can use GPUs
     packages: Mapping[str, str] = Factory(dict)
+
+    def available_bytes(self, device: str) -> int | None:
+        """What is free on `device` (`"cpu"`, `"cuda:0"`) for this process; None if that is not known."""
+        if device == "cpu":
+            return self.memory.available_bytes
+        return next((gpu.free_bytes for gpu in self.gpus if gpu.device == device), None)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "cpu": self.cpu,
+            "cores": self.cores,
+            "memory": asdict(self.memory),
+            "gpus": [asdict(gpu) for gpu in self.gpus],
+            "driver": self.driver,
+            "torch": self.torch,
+            "torch_cuda": self.torch_cuda,
+            "packages": dict(self.packages),
+        }
 
 
 def read_environment(environ: Mapping[str, str] | None = None, root: Path = Path("/")) -> Environment:
@@ -129,9 +148,7 @@ def read_memory(root: Path) -> Memory:
         address_space = max(0, soft - mapped)
         left[f"RLIMIT_AS of {soft:,} bytes"] = address_space
     limited_by = min(left, key=left.__getitem__)
-    return Memory(
-        total_bytes=total, available_bytes=left[limited_by], limited_by=limited_by, address_space_bytes=address_space
-    )
+    return Memory(total_bytes=total, available_bytes=left[limited_by], limited_by=limited_by, address_space_bytes=address_space)
 
 
 def _groups(root: Path, controller: str) -> list[Path]:

@@ -45,7 +45,9 @@ def resolve(reference: str, registry: Registry) -> tuple[Identified, Snapshot]:
     claims, silent = _claims("sources", reference, registry)
     if not claims:
         guess = nearest(reference, _neighbours(reference))
-        tried = "; ".join(f"{one.name}: {one.descriptor.summary}" for one in registry.components("sources") if one.state == "active")
+        tried = "; ".join(
+            f"{one.name}: {one.descriptor.summary}" for one in registry.components("sources") if one.state == "active"
+        )
         raise SourceError(
             "SR-UNKNOWN",
             f"{quoted(reference)} is no existing path, and no source recognises it{guess}{_said(silent)}",
@@ -80,7 +82,11 @@ def catalog(snapshot: Snapshot, registry: Registry) -> tuple[Identified, Catalog
         names = list_tensor_files(snapshot)
         there = ", ".join(quoted(name) for name in names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
         known = ", ".join(one.name for one in registry.components("formats") if one.state == "active") or "none"
-        what = f"no installed format reads what is there ({there}); installed: {known}" if names else "the folder holds no tensor files"
+        what = (
+            f"no installed format reads what is there ({there}); installed: {known}"
+            if names
+            else "the folder holds no tensor files"
+        )
         raise SourceError("SR-FORMAT", what + _said(silent), path=snapshot.root)
     chosen = _only(claims, f"the folder {snapshot.root}")
     return chosen, _ask(chosen.registered, "catalog", snapshot)
@@ -103,7 +109,9 @@ def identify_architecture(config: Mapping[str, Any], path: Path, registry: Regis
     """
     with ConfigReader(config, path) as read:
         model_type = read.string("model_type")
-    serving, others, known = [], [], set()
+    serving: list[Registered] = []
+    others: list[Registered] = []
+    known: set[str] = set()
     for one in registry.components("architectures"):
         assert isinstance(one.descriptor, Architecture)
         known |= one.descriptor.model_types
@@ -122,7 +130,9 @@ def identify_architecture(config: Mapping[str, Any], path: Path, registry: Regis
     silent = {one.id: _why_silent(one) for one in others}
     raise ConfigError(
         "CF-ARCH",
-        f"no installed architecture implements {quoted(model_type)}; known are {_listed(known)}{nearest(model_type, known)}{_said(silent)}",
+        f"no installed architecture implements {quoted(model_type)}; known are {_listed(known)}"
+        + nearest(model_type, known)
+        + _said(silent),
         path=path,
         locus="model_type",
     )
@@ -145,7 +155,8 @@ def config_notes(config: Mapping[str, Any], architecture: str) -> list[str]:
     if isinstance(classes, list):
         strange = [name for name in classes if isinstance(name, str) and not name.replace("_", "").lower().startswith(family)]
         if strange:
-            notes.append(f"{CONFIG} says model_type {quoted(config['model_type'])} but architectures {quoted(strange[0])}; model_type decides")
+            said = f"model_type {quoted(config['model_type'])} but architectures {quoted(strange[0])}"
+            notes.append(f"{CONFIG} says {said}; model_type decides")
     return notes
 
 
@@ -197,7 +208,7 @@ def _only(claims: list[Identified], what: str) -> Identified:
         return claims[0]
     listed = "; ".join(f"{claim.registered.id} ({claim.why})" for claim in claims)
     raise SourceError(
-        "SR-CLAIMS", f"{what} is claimed by {len(claims)} components: {listed}", hint="disable all but one: disable = [\"plugin\"]"
+        "SR-CLAIMS", f"{what} is claimed by {len(claims)} components: {listed}", hint='disable all but one: disable = ["plugin"]'
     )
 
 

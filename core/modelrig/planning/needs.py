@@ -87,9 +87,7 @@ def attention_need(at: Situation) -> AttentionNeed:
     # `generate` takes prompts of different lengths whatever was planned, so padding is always needed.
     masks = {"padding"} | {"causal" if spec.causal else "bidirectional" for spec in layers}
     masks |= {"window" for spec in layers if spec.window is not None}
-    from_config = dict.fromkeys(
-        ("head_dims", "masks", "grouped_heads", "softcap", "sinks", "unequal_value_dim"), "config.json"
-    )
+    from_config = dict.fromkeys(("head_dims", "masks", "grouped_heads", "softcap", "sinks", "unequal_value_dim"), "config.json")
     return AttentionNeed(
         **_common(at, from_config),
         head_dims=frozenset(spec.head_dim for spec in layers),

@@ -96,9 +96,7 @@ def _describe(nvml: ctypes.CDLL, handle: c_void_p, uuid: str, index: int) -> Gpu
     except NvmlError:  # a MIG slice does not say
         capability = None
     name = _string(nvml, "nvmlDeviceGetName", handle)
-    return Gpu(
-        index=index, name=name, uuid=uuid, total_bytes=memory.total, free_bytes=memory.free, capability=capability
-    )
+    return Gpu(index=index, name=name, uuid=uuid, total_bytes=memory.total, free_bytes=memory.free, capability=capability)
 
 
 @contextmanager

@@ -33,7 +33,9 @@ def structure(planner: Any, given: Mapping[str, Any]) -> Any:
             raise OptionsError([f"{quoted(name)} is unknown: the component has no options" for name in given], True)
         return None
     known = [field.alias for field in attrs.fields(kind) if field.init]
-    unknown = [f"{quoted(name)} is unknown; known are {', '.join(known)}{nearest(name, known)}" for name in given if name not in known]
+    unknown = [
+        f"{quoted(name)} is unknown; known are {', '.join(known)}{nearest(name, known)}" for name in given if name not in known
+    ]
     if unknown:
         raise OptionsError(unknown, True)
     if not given:

@@ -40,6 +40,7 @@ PREFIX = "MODELRIG_"
 OTHER_VARIABLES = ("PLUGINS", "DEBUG")
 
 ARGUMENT, DEFAULT = "argument", "default"
+ANYTHING, NO_PART = Wish(), Wish((NOTHING,), otherwise=False)
 
 #: request key → how its value is read
 PARSERS: dict[str, Callable[[Any], Any]] = {
@@ -60,11 +61,11 @@ COMMA_SEPARATED = (*SLOTS, "prefer", "disable")  # as text, "a,b" is a list
 class Request:
     """Every request key with its value. `origins` has "argument", a variable's name, a file's path or "default" for each key."""
 
-    quantizer: Wish = Wish()
-    attention: Wish = Wish()
-    cache: Wish = Wish()
-    decoder: Wish = Wish()
-    compiler: Wish = Wish((NOTHING,), otherwise=False)
+    quantizer: Wish = ANYTHING
+    attention: Wish = ANYTHING
+    cache: Wish = ANYTHING
+    decoder: Wish = ANYTHING
+    compiler: Wish = NO_PART
     device_map: str = AUTO
     dtype: str = AUTO
     context: int | str = AUTO
@@ -145,7 +146,8 @@ def read_request(
             if key not in PARSERS:
                 known = [layer.name_of(name) for name in PARSERS]
                 seen = layer.name_of(str(key))
-                problems.append(_Problem("RQ-UNKNOWN", seen, f"unknown; known are {', '.join(known)}{nearest(seen, known)}", layer.path))
+                text = f"unknown; known are {', '.join(known)}{nearest(seen, known)}"
+                problems.append(_Problem("RQ-UNKNOWN", seen, text, layer.path))
             elif value is not None or key in SLOTS:
                 try:
                     parsed = PARSERS[key](value)
@@ -164,7 +166,8 @@ def read_request(
         wish = request.wish(slot)
         target = wish.names[0] if wish.is_pin else ""
         merged = {**wish.options, target: {**wish.options.get(target, {}), **given}}
-        request = evolve(request, **{slot: evolve(wish, options=merged)})
+        changed: dict[str, Any] = {slot: evolve(wish, options=merged)}
+        request = evolve(request, **changed)
     return request
 
 
@@ -174,11 +177,12 @@ def _raise(problems: list[_Problem]) -> None:
     first = problems[0]
     if len(problems) == 1:
         raise RequestError(first.code, first.text, path=first.path, locus=first.key)
-    lines = "".join(
-        f"\n  - {f'{quoted(problem.path)[1:-1]}: ' if problem.path else ''}{quoted(problem.key)[1:-1]}: {problem.text} [{problem.code}]"
-        for problem in problems
-    )
+    lines = "".join(f"\n  - {_where(problem)}: {problem.text} [{problem.code}]" for problem in problems)
     raise RequestError(first.code, f"{len(problems)} problems:{lines}", path=first.path, locus=first.key)
+
+
+def _where(problem: _Problem) -> str:
+    return ": ".join(quoted(part)[1:-1] for part in (problem.path, problem.key) if part)
 
 
 # ------------------------------------------------------------------------------------------------ environment variables

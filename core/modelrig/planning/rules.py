@@ -60,21 +60,27 @@ _DTYPE = "does not compute in {seen} (dtype: {origin}); it computes in {accepted
 RULES = (
     Rule("quantizers", "quantizer.device", "device", "devices", member, _DEVICE),
     Rule("quantizers", "quantizer.dtype", "dtype", "dtypes", member, _DTYPE),
-    Rule("quantizers", "quantizer.scheme", "scheme", "reads", member, "does not read weights stored as {seen} ({origin}); it reads {accepted}"),
+    Rule("quantizers", "quantizer.scheme", "scheme", "reads", member,
+         "does not read weights stored as {seen} ({origin}); it reads {accepted}"),
     Rule("attention", "attention.device", "device", "devices", member, _DEVICE),
     Rule("attention", "attention.dtype", "dtype", "dtypes", member, _DTYPE),
-    Rule("attention", "attention.head_dim", "head_dims", "head_dims", subset, "head_dim {seen} ({origin}) is not among {accepted}"),
+    Rule("attention", "attention.head_dim", "head_dims", "head_dims", subset,
+         "head_dim {seen} ({origin}) is not among {accepted}"),
     Rule("attention", "attention.mask", "masks", "masks", subset, "cannot mask {seen}; it masks {accepted}"),
-    Rule("attention", "attention.grouped_heads", "grouped_heads", "grouped_heads", implies, "needs as many key/value heads as query heads; this model has fewer ({origin})"),
+    Rule("attention", "attention.grouped_heads", "grouped_heads", "grouped_heads", implies,
+         "needs as many key/value heads as query heads; this model has fewer ({origin})"),
     Rule("attention", "attention.softcap", "softcap", "softcap", implies, "does not cap scores, as this model does ({origin})"),
     Rule("attention", "attention.sinks", "sinks", "sinks", implies, "has no attention sinks, as this model does ({origin})"),
-    Rule("attention", "attention.value_dim", "unequal_value_dim", "unequal_value_dim", implies, "needs keys and values of one size; this model's differ ({origin})"),
+    Rule("attention", "attention.value_dim", "unequal_value_dim", "unequal_value_dim", implies,
+         "needs keys and values of one size; this model's differ ({origin})"),
     Rule("caches", "cache.device", "device", "devices", member, _DEVICE),
     Rule("caches", "cache.dtype", "dtype", "dtypes", member, "does not hold {seen} (dtype: {origin}); it holds {accepted}"),
-    Rule("caches", "cache.layers", "kinds", "layers", subset, "cannot hold layers of kind {seen} ({origin}); it holds {accepted}"),
+    Rule("caches", "cache.layers", "kinds", "layers", subset,
+         "cannot hold layers of kind {seen} ({origin}); it holds {accepted}"),
     Rule("caches", "cache.batch", "batched", "batched", implies, "holds one sequence, and a batch was asked for ({origin})"),
     Rule("decoders", "decoder.samples", "samples", "samples", implies, "cannot sample, as a temperature asks for"),
-    Rule("decoders", "decoder.batch", "batched", "batched", implies, "decodes one sequence, and a batch was asked for ({origin})"),
+    Rule("decoders", "decoder.batch", "batched", "batched", implies,
+         "decodes one sequence, and a batch was asked for ({origin})"),
     Rule("compilers", "compiler.device", "device", "devices", member, "does not compile for {seen}; it compiles for {accepted}"),
 )  # fmt: skip
 
@@ -107,19 +113,18 @@ def unknown_links(component: Component) -> Iterator[Reason]:
 
 def link_reasons(component: Component, name: str, others: Mapping[str, tuple[str, Component]]) -> Iterator[Reason]:
     """Why `component` does not fit beside `others`: kind → (shown name, component). Both directions are checked."""
-    for kind, (other_name, other) in others.items():
+    me = (name, component)
+    for kind, other in others.items():
         if kind == component.kind:
             continue
-        for needing, needing_name, offering, offering_name in ((component, name, other, other_name), (other, other_name, component, name)):
-            lacking = sorted(needing.needs.get(offering.kind, frozenset()) - offering.offers)
+        code = f"{SINGULAR[component.kind]}.link.{SINGULAR[kind]}"
+        for (needing_name, needing), (offering_name, offering) in ((me, other), (other, me)):
+            lacking = needing.needs.get(offering.kind, frozenset()) - offering.offers
             if lacking:
-                code = f"{SINGULAR[component.kind]}.link.{SINGULAR[other.kind]}"
                 whose = "" if needing is component else f"{needing_name} "
                 offered = _plain(offering.offers) or "nothing"
-                yield Reason(
-                    code,
-                    f"{whose}needs {_plain(lacking)} of the {SINGULAR[offering.kind]}; {offering_name} offers {offered}",
-                )
+                text = f"{whose}needs {_plain(lacking)} of the {SINGULAR[offering.kind]}; {offering_name} offers {offered}"
+                yield Reason(code, text)
 
 
 def _plain(value: Any) -> str:

@@ -1,0 +1,99 @@
+"""`modelrig inspect`: what a checkpoint holds, from its configs and tensor headers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from math import prod
+from typing import Any
+
+import click
+
+from modelrig.cli.output import print_json, print_table, printable
+
+
+@click.command("inspect")
+@click.argument("model")
+@click.option("--config", metavar="FILE", help="a TOML file instead of modelrig.toml in the working directory")
+@click.option("--json", "as_json", is_flag=True, help="print one JSON object")
+def command(model: str, config: str | None, as_json: bool) -> None:
+    """Show the files, tensors, dtypes and config of MODEL: a path, org/name[@rev], or tiny."""
+    found = inspect(model, config)
+    if as_json:
+        print_json(found)
+        return
+    click.echo(printable(f"{found['model']}  {found['root']}" + (f" at {found['revision']}" if found["revision"] else "")))
+    counts = (
+        f"{found['tensors']:,} tensors, {found['elements']:,} elements, {found['bytes']:,} bytes in {len(found['files'])} files"
+    )
+    click.echo(printable(f"{found['format']}, {counts}" + (f", index {found['index']}" if found["index"] else "")))
+    click.echo()
+    print_table(("file", "bytes", "tensors"), [(file["name"], f"{file['bytes']:,}", file["tensors"]) for file in found["files"]])
+    click.echo()
+    rows = [(row["dtype"], f"{row['tensors']:,}", f"{row['elements']:,}", f"{row['bytes']:,}") for row in found["dtypes"]]
+    print_table(("dtype", "tensors", "elements", "bytes"), rows)
+    click.echo()
+    print_table(("config.json", ""), list(found["config"].items()))
+    for note in found["notes"]:
+        click.echo(printable(f"note: {note}"))
+
+
+def inspect(model: str, config: str | None = None) -> dict[str, Any]:
+    """The checkpoint as plain data. No architecture has to know it; one that does adds what it read from the config."""
+    from pathlib import Path
+
+    from modelrig.errors import ConfigError, ModelrigError
+    from modelrig.planning.identify import CONFIG, catalog, check_reference, config_notes, describe, read_config, resolve
+    from modelrig.planning.request import read_request
+    from modelrig.registry import current
+
+    reference = check_reference(model)
+    registry = current(disable=read_request({}, config, checkpoint=Path(reference).expanduser()).disable)
+    _, snapshot = resolve(reference, registry)
+    _, found = catalog(snapshot, registry)
+    notes, raw = list(found.notes), {}
+    try:
+        raw = read_config(snapshot)
+        architecture, facts = describe(raw, snapshot.root / CONFIG, found, registry)
+    except ModelrigError as error:
+        if isinstance(error, ConfigError) and error.code not in ("CF-MISSING", "CF-ARCH"):
+            raise
+        notes.append(str(error))
+        known = None
+    else:
+        notes += [*config_notes(raw, architecture.registered.name), *facts.notes]
+        known = {
+            "component": architecture.registered.name,
+            "parameters": sum(prod(one.shape) for one in facts.parameters if one.stored_as is not None),
+            "blocks": len(facts.blocks),
+            "context_length": facts.context_length,
+        }
+    entries = found.entries.values()
+    per_file = Counter(entry.file for entry in entries)
+    tensors: Counter[str] = Counter()
+    elements: Counter[str] = Counter()
+    bytes_: Counter[str] = Counter()
+    for entry in entries:
+        tensors[entry.dtype] += 1
+        elements[entry.dtype] += prod(entry.shape)
+        bytes_[entry.dtype] += entry.nbytes
+    return {
+        "model": reference,
+        "root": str(snapshot.root),
+        "source": snapshot.source,
+        "revision": snapshot.revision,
+        "complete": snapshot.complete,
+        "format": found.format,
+        "index": found.index,
+        "files": [{"name": file.name, "bytes": file.size, "tensors": per_file[number]} for number, file in enumerate(found.files)],
+        "tensors": len(found.entries),
+        "elements": sum(elements.values()),
+        "bytes": found.total_bytes,
+        "dtypes": [
+            {"dtype": dtype, "tensors": count, "elements": elements[dtype], "bytes": bytes_[dtype]}
+            for dtype, count in tensors.most_common()
+        ],
+        "config": {key: value for key, value in raw.items() if isinstance(value, str | int | float | bool)},
+        "architecture": known,
+        "metadata": dict(found.metadata),
+        "notes": notes,
+    }

@@ -1,0 +1,60 @@
+"""The options by which every command takes a request: the keys of `modelrig.toml` as flags."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from modelrig.components import SLOTS
+from modelrig.planning.request import read_text
+
+_SLOT_HELP = "auto, a name, a list of names in order of preference (a,b), or !name for anything but"
+
+#: flag → (metavar, help)
+FLAGS: dict[str, tuple[str, str]] = {
+    **{slot: ("NAME", f"{slot}: {_SLOT_HELP}") for slot in SLOTS},
+    "device_map": ("DEVICE", "auto, cpu, cuda, cuda:1"),
+    "dtype": ("DTYPE", "auto, float32, bfloat16, float16, float64"),
+    "context": ("TOKENS", "the longest sequence to plan for; auto is the smaller of the model's and 4096"),
+    "batch": ("COUNT", "sequences at once"),
+    "max_memory": ("SIZE", "bytes the plan may take, such as 8GB or 7.5GiB"),
+}
+
+
+def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds the flags; the command gets `request`, the keyword arguments for `modelrig.plan`."""
+
+    @functools.wraps(command)
+    def with_request(*args: Any, settings: tuple[str, ...], config: str | None, **options: Any) -> Any:
+        given = {key: options.pop(key) for key in FLAGS}
+        request: dict[str, Any] = {key: read_text(key, text) for key, text in given.items() if text is not None}
+        if settings:
+            request["set"] = dict(map(_setting, settings))
+        if config is not None:
+            request["config"] = config
+        return command(*args, request=request, **options)
+
+    decorated: Callable[..., Any] = with_request
+    decorated = click.option("--config", metavar="FILE", help="a TOML file instead of modelrig.toml in the working directory")(
+        decorated
+    )
+    decorated = click.option(
+        "--set",
+        "settings",
+        metavar="SLOT.OPTION=VALUE",
+        multiple=True,
+        help="an option of a component, such as quantizer.group_size=64",
+    )(decorated)
+    for key, (metavar, text) in reversed(FLAGS.items()):
+        decorated = click.option(f"--{key.replace('_', '-')}", key, metavar=metavar, help=text)(decorated)
+    return decorated
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise click.BadParameter(f"{text!r} is not written as SLOT.OPTION=VALUE", param_hint="--set")
+    return key.strip(), read_text("", value)

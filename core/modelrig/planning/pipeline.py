@@ -1,0 +1,274 @@
+"""From a reference and a request to a plan: resolve → catalog → describe → negotiate → place → plan.
+
+Only configs and tensor headers are read; torch is not imported.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from attrs import evolve, frozen
+
+from modelrig.checkpoint.matching import match
+from modelrig.components import FLOATING, Catalog, ModelFacts, Snapshot
+from modelrig.errors import ModelrigError, PlanError, PluginError, RequestError
+from modelrig.planning.environment import Environment, read_environment
+from modelrig.planning.identify import (
+    CONFIG,
+    Identified,
+    catalog,
+    check_reference,
+    config_notes,
+    describe,
+    read_config,
+    read_eos_ids,
+    resolve,
+)
+from modelrig.planning.ledger import Account, Ledger, weigh
+from modelrig.planning.memory import require_fit
+from modelrig.planning.needs import Situation, stored_scheme
+from modelrig.planning.negotiation import Choice, Negotiated, negotiate
+from modelrig.planning.placement import place
+from modelrig.planning.plan import RigPlan
+from modelrig.planning.request import Request, read_request
+from modelrig.planning.values import AUTO
+from modelrig.registry import Registry, current
+from modelrig.registry.ledger import cause
+
+USUAL_CONTEXT = 4096  # tokens `auto` plans for at most
+
+P = TypeVar("P", bound=RigPlan)
+
+
+@frozen(kw_only=True)
+class Checkpoint:
+    """What was identified: the parts that claim it, and all that is known without reading weights."""
+
+    snapshot: Snapshot
+    catalog: Catalog
+    facts: ModelFacts
+    scheme: str  # how its 2-D weights are stored
+    parts: Mapping[str, Identified]
+    eos_ids: tuple[int, ...]
+    notes: tuple[str, ...]
+
+
+@frozen(kw_only=True)
+class Decision:
+    """What was settled for one device."""
+
+    situation: Situation
+    negotiated: Negotiated
+    ledger: Ledger
+    notes: tuple[str, ...]
+
+
+def make_plan(
+    reference: str | os.PathLike[str],
+    config: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+    *,
+    environment: Environment | None = None,
+    registry: Registry | None = None,
+    cls: type[P] = RigPlan,  # type: ignore[assignment]
+    **request: Any,
+) -> P:
+    """Decide how `reference` would be loaded and run.
+
+    Args:
+        reference: a folder, `org/name[@rev]` or a bundled name.
+        config: a TOML file or a mapping of request keys, instead of `modelrig.toml` in the working directory.
+        environment: the machine to plan for; this one by default.
+        registry: the components to choose from; those installed and not disabled by default.
+        cls: the class of the result.
+        **request: keys of `modelrig.planning.request.Request`, and `set`.
+
+    Raises:
+        RequestError, CheckpointError, PlanError, PluginError, LoadError (the tensors do not fill the model).
+    """
+    text = check_reference(reference)
+    # `disable` counts before any plugin is asked, so it is read before the checkpoint's folder is known for certain.
+    if registry is None:
+        early = read_request(request, config, checkpoint=Path(text).expanduser())
+        registry = current(disable=early.disable)
+    environment = environment or read_environment()
+    source, snapshot = resolve(text, registry)
+    wanted = read_request(request, config, checkpoint=snapshot.root)
+    checkpoint = examine(source, snapshot, registry)
+    decision = settle(checkpoint, wanted, environment, registry)
+    at = decision.situation
+    return cls(
+        reference=text,
+        snapshot=snapshot,
+        catalog=checkpoint.catalog,
+        facts=checkpoint.facts,
+        environment=environment,
+        request=wanted,
+        choices={**_identified_choices(checkpoint), **decision.negotiated.choices},
+        refused=decision.negotiated.refused,
+        decoder_when_sampling=decision.negotiated.decoder_when_sampling,
+        device=at.device,
+        dtype=at.dtype,
+        context=at.context,
+        batch=at.batch,
+        origins=at.origins,
+        device_map={"": at.device},
+        ledger=decision.ledger,
+        eos_ids=checkpoint.eos_ids,
+        notes=(*wanted.notes, *checkpoint.notes, *decision.notes, *_plugin_notes(registry)),
+    )
+
+
+def examine(source: Identified, snapshot: Snapshot, registry: Registry) -> Checkpoint:
+    """catalog → describe: everything known of the checkpoint, its tensors matched with the model they should fill."""
+    config = read_config(snapshot)
+    format_, found = catalog(snapshot, registry)
+    architecture, facts = describe(config, snapshot.root / CONFIG, found, registry)
+    match(facts, found, snapshot.root)
+    return Checkpoint(
+        snapshot=snapshot,
+        catalog=found,
+        facts=facts,
+        scheme=stored_scheme(config),
+        parts={"sources": source, "formats": format_, "architectures": architecture},
+        eos_ids=read_eos_ids(config, snapshot),
+        notes=(*config_notes(config, architecture.registered.name), *facts.notes, *found.notes),
+    )
+
+
+def settle(checkpoint: Checkpoint, request: Request, environment: Environment, registry: Registry) -> Decision:
+    """place → negotiate → ledger, for the first device on which all of it works."""
+    placements = place(request, environment)
+    notes: list[str] = []
+    for placement in placements:
+        situation = make_situation(checkpoint, request, placement.device, placement.why)
+        try:
+            decision = decide(situation, checkpoint, request, environment, registry)
+        except PlanError as error:
+            if placement is placements[-1]:
+                raise _with_notes(error, notes) from error
+            notes.append(f"{placement.device} was tried first: {error.reason}")
+        else:
+            return evolve(decision, notes=(*notes, *decision.notes))
+    raise AssertionError("there is always a device to try")
+
+
+def _with_notes(error: PlanError, notes: list[str]) -> PlanError:
+    """The same error, with what was tried before."""
+    reason = "\n".join([error.reason, *notes])
+    where = {"path": error.path, "locus": error.locus, "hint": error.hint}
+    return type(error)(error.code, reason, refused=error.refused, **where)
+
+
+def decide(
+    situation: Situation, checkpoint: Checkpoint, request: Request, environment: Environment, registry: Registry
+) -> Decision:
+    """The parts for one device, and the bytes they need there."""
+    negotiated = negotiate(situation, checkpoint.parts, request, registry)
+    account = open_account(situation, checkpoint, negotiated)
+    others = _cheaper(situation, checkpoint, request, registry)
+    ledger, notes = require_fit(account, situation.context, situation.batch, request, environment, others)
+    return Decision(situation=situation, negotiated=negotiated, ledger=ledger, notes=(*negotiated.notes, *notes))
+
+
+def make_situation(checkpoint: Checkpoint, request: Request, device: str, why_device: str) -> Situation:
+    """dtype, context and batch settled. Raises `RequestError` (RQ-VALUE) for more context than the model has."""
+    dtype, why_dtype = _dtype(checkpoint, request)
+    context, why_context = _context(checkpoint.facts, request)
+    return Situation(
+        facts=checkpoint.facts,
+        scheme=checkpoint.scheme,
+        device=device,
+        dtype=dtype,
+        context=context,
+        batch=request.batch,
+        origins={"device": why_device, "dtype": why_dtype, "context": why_context, "batch": request.origin("batch")},
+    )
+
+
+def _dtype(checkpoint: Checkpoint, request: Request) -> tuple[str, str]:
+    if request.dtype != AUTO:
+        return request.dtype, request.origin("dtype")
+    if checkpoint.facts.dtype is not None:
+        return checkpoint.facts.dtype, f"auto: {CONFIG}"
+    for entry in checkpoint.catalog.entries.values():
+        if entry.dtype in FLOATING:
+            return entry.dtype, f"auto: as {entry.name} is stored"
+    return "float32", "auto: nothing is stored in a dtype a model computes in"
+
+
+def _context(facts: ModelFacts, request: Request) -> tuple[int, str]:
+    if isinstance(request.context, str):
+        context = min(facts.context_length, USUAL_CONTEXT)
+        return context, f"auto: the smaller of the model's {facts.context_length:,} and {USUAL_CONTEXT:,}"
+    if request.context > facts.context_length:
+        raise RequestError(
+            "RQ-VALUE",
+            f"{request.context:,} tokens (by {request.origin('context')}), but the model's config allows {facts.context_length:,}",
+            locus="context",
+        )
+    return request.context, request.origin("context")
+
+
+def open_account(situation: Situation, checkpoint: Checkpoint, negotiated: Negotiated) -> Account:
+    """What the ledger is drawn up from. Raises `PluginError` (PL-CONTRACT) when a planner cannot say its bytes."""
+    quantizer, cache = negotiated.choices["quantizers"], negotiated.choices["caches"]
+    try:
+        weights = weigh(
+            checkpoint.facts,
+            checkpoint.catalog,
+            quantizer.registered.planner(),
+            quantizer.options,
+            situation.dtype,
+            situation.device,
+        )
+        account = Account(
+            device=situation.device,
+            dtype=situation.dtype,
+            facts=checkpoint.facts,
+            weights=weights,
+            cache=cache.registered.planner(),
+            cache_options=cache.options,
+        )
+        account.cache_bytes(situation.context, situation.batch)
+    except (ModelrigError, MemoryError):
+        raise
+    except Exception as error:
+        text = f"{quantizer.id} or {cache.id} failed to count its bytes: {cause(error)}"
+        raise PluginError("PL-CONTRACT", text) from error
+    return account
+
+
+def _cheaper(situation: Situation, checkpoint: Checkpoint, request: Request, registry: Registry) -> Iterator[tuple[str, Account]]:
+    """The same request in dtypes that might take less: as stored, then in 16 bits."""
+    stored = {entry.dtype for entry in checkpoint.catalog.entries.values()}
+    for dtype in sorted(FLOATING, key=lambda name: (name not in stored, FLOATING.index(name))):
+        if dtype == situation.dtype or not (dtype in stored or dtype == "bfloat16"):
+            continue
+        other = evolve(situation, dtype=dtype)
+        try:
+            yield f"dtype={dtype!r}", open_account(other, checkpoint, negotiate(other, checkpoint.parts, request, registry))
+        except ModelrigError:
+            continue
+
+
+def _identified_choices(checkpoint: Checkpoint) -> dict[str, Choice]:
+    return {
+        kind: Choice(
+            component=part.registered.name,
+            id=part.registered.id,
+            name=part.registered.name,
+            why=part.why,
+            registered=part.registered,
+        )
+        for kind, part in checkpoint.parts.items()
+    }
+
+
+def _plugin_notes(registry: Registry) -> Iterator[str]:
+    """Plugins that could not take part at all: nobody knows what they would have offered."""
+    for row in registry.rows:
+        if row.state not in ("active", "disabled") and not row.provides:
+            yield f"plugin {row.id} is {row.state}: {row.reason}"
