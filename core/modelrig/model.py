@@ -88,9 +88,9 @@ def _load(plan: Plan, progress: Callable[[int, int], None] | None) -> Model:
     import torch
 
     from modelrig.generation.tokenizer import Tokenizer
+    from modelrig.loading.fetch import fetch
     from modelrig.loading.materialise import materialise
     from modelrig.modules.decoder import BuildContext
-    from modelrig.planning.identify import fetch
 
     dtype, device = getattr(torch, plan.dtype), torch.device(plan.device)
     parts = {kind: choice.registered.implementation() for kind, choice in plan.choices.items()}
@@ -250,27 +250,17 @@ class Model:
 
         With `num_return_sequences` above 1 a list is returned, sequences of a prompt side by side.
         """
-        run, is_single, borrowed = self._start(prompt, messages, cache, options)
-        try:
-            for _ in run:
-                pass
-        finally:
-            self._give_back(borrowed)
+        run = self.start(prompt, messages=messages, cache=cache, **options)
+        for _ in run:
+            pass
         results = run.results()
-        return results[0] if is_single else results
+        return results[0] if run.is_single else results
 
     def stream(
         self, prompt: Any = None, *, messages: Sequence[Message] | None = None, cache: Cache | None = None, **options: Any
     ) -> Iterator[Piece]:
         """`generate`, piece by piece: text as soon as it is certain. For several prompts `piece.row` says whose it is."""
-        run, _, borrowed = self._start(prompt, messages, cache, options)
-        return self._pieces(run, borrowed)
-
-    def _pieces(self, run: Run, borrowed: Cache | None) -> Iterator[Piece]:
-        try:
-            yield from run
-        finally:
-            self._give_back(borrowed)
+        return iter(self.start(prompt, messages=messages, cache=cache, **options))
 
     def session(self, max_len: int | None = None) -> Session:
         """A conversation that keeps its cache across turns."""
@@ -284,10 +274,10 @@ class Model:
             raise GenerateError("GN-TOKENIZER", "this model has no tokenizer, so it cannot read messages")
         return self.tokenizer.render_chat(messages)
 
-    def _start(
-        self, prompt: Any, messages: Sequence[Message] | None, cache: Cache | None, given: Mapping[str, Any]
-    ) -> tuple[Run, bool, Cache | None]:
-        """(the run, whether it has a single result, the cache to give back)"""
+    def start(
+        self, prompt: Any = None, *, messages: Sequence[Message] | None = None, cache: Cache | None = None, **given: Any
+    ) -> Run:
+        """The run behind `generate` and `stream`: iterate over it for pieces, then ask it for `results()`."""
         from modelrig.generation.options import GenerateOptions
 
         options = GenerateOptions.make(**given)
@@ -306,7 +296,11 @@ class Model:
             if cache.length:
                 raise GenerateError("GN-INPUT", "prompts that continue a cache must have the same length, or run alone")
             cache.reset(padding)
-        return self._run(cache, rows, rows, options, limit), is_single and copies == 1, borrowed
+        run = self._run(cache, rows, rows, options, limit)
+        run.is_single = is_single and copies == 1
+        if borrowed is not None:
+            run.on_end = lambda: self._give_back(borrowed)
+        return run
 
     def _ids(self, prompt: Any, messages: Sequence[Message] | None) -> tuple[list[list[int]], bool]:
         from modelrig.generation.inputs import as_prompts
@@ -395,6 +389,6 @@ class Model:
         logger.info("a batch of %d is more than the planned %d: allocating a cache of %s bytes", batch, self.plan.batch, f"{bytes_needed:,}")
         return self.new_cache(batch, needed, padding)
 
-    def _give_back(self, cache: Cache | None) -> None:
-        if cache is not None and self._module is not None:
+    def _give_back(self, cache: Cache) -> None:
+        if self._module is not None:
             self._idle[:] = [cache]

@@ -125,7 +125,14 @@ class Run:
             cache's `padding` already says.
         histories: all ids of each row, for the penalties.
         limit: new tokens at most.
+
+    Attributes:
+        is_single: the caller gave one prompt and wants one result.
+        on_end: called once, when the iteration ends or is given up.
     """
+
+    is_single = True
+    on_end: Callable[[], None] | None = None
 
     def __init__(
         self,
@@ -164,6 +171,14 @@ class Run:
         return ids
 
     def __iter__(self) -> Iterator[Piece]:
+        try:
+            yield from self._pieces()
+        finally:
+            if self.on_end is not None:
+                self.on_end()
+                self.on_end = None
+
+    def _pieces(self) -> Iterator[Piece]:
         started = time.perf_counter()
         with torch.inference_mode():
             accepted = self._accept(self._prefill(), None)

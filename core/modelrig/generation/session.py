@@ -25,6 +25,7 @@ class Session:
     Attributes:
         tokens: every token id of the conversation so far, prompts and answers.
         messages: the conversation that `send` keeps.
+        answer: the newest answer to `send`, whole or as far as it came.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class Session:
         self.cache, self._encode, self._start = cache, encode, start
         self.tokens: list[int] = []
         self.messages: list[dict[str, Any]] = []
+        self.answer: Generation | None = None
         self._cached: list[int] = []  # ids whose keys are in the cache, in order
 
     def generate(self, prompt: Any = None, *, messages: Sequence[Message] | None = None, **options: Any) -> Generation:
@@ -53,7 +55,8 @@ class Session:
         """Add a user message, return the answer, keep both."""
         for _ in self.stream_send(content, **options):
             pass
-        return self._answer
+        assert self.answer is not None
+        return self.answer
 
     def stream_send(self, content: str, **options: Any) -> Iterator[Piece]:
         """`send`, piece by piece. An interrupted answer is kept as far as it came."""
@@ -62,8 +65,8 @@ class Session:
         try:
             yield from self._follow(run)
         finally:
-            self._answer = run.results()[0]
-            self.messages = [*asked, {"role": "assistant", "content": self._answer.text}]
+            self.answer = run.results()[0]
+            self.messages = [*asked, {"role": "assistant", "content": self.answer.text}]
 
     def reset(self) -> None:
         """Forget the conversation; the cache's memory stays allocated."""

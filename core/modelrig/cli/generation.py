@@ -1,0 +1,86 @@
+"""What `run` and `chat` share: flags made from the options of generate, and printing a stream."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import attrs
+import click
+
+from modelrig.errors import GenerateError
+from modelrig.generation.options import GenerateOptions
+
+if TYPE_CHECKING:
+    from modelrig.generation.loop import Generation, Piece
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+#: options that may be given several times, and how one value is written
+REPEATED = {"stop": "TEXT", "stop_ids": "ID", "logit_bias": "ID=BIAS", "seed": "SEED"}
+WHOLE = ("max_new_tokens", "min_new_tokens", "top_k", "num_return_sequences", "stop_ids", "seed")
+
+
+def generation_options(command: F) -> F:
+    """Give `command` one flag for each field of `GenerateOptions`, passed on as the keyword `generation`."""
+
+    @functools.wraps(command)
+    def wrapped(**flags: Any) -> Any:
+        given = {name: flags.pop(name) for name in names}
+        return command(generation=_given(given), **flags)
+
+    fields = attrs.fields(GenerateOptions)
+    names = [field.name for field in fields]
+    for field in reversed(fields):
+        wrapped = _flag(field.name, field.default, field.metadata["help"])(wrapped)
+    return wrapped  # type: ignore[return-value]
+
+
+def _flag(name: str, default: Any, text: str) -> Callable[[Any], Any]:
+    flag = "--" + name.replace("_", "-")
+    if default is False:
+        return click.option(flag, name, is_flag=True, help=text)
+    kind = click.INT if name in WHOLE else click.STRING if name in REPEATED else click.FLOAT
+    return click.option(flag, name, type=kind, multiple=name in REPEATED, metavar=REPEATED.get(name), help=text)
+
+
+def _given(flags: dict[str, Any]) -> dict[str, Any]:
+    """The flags that were given, as `generate` takes them."""
+    given = {name: value for name, value in flags.items() if value not in (None, (), False)}
+    if "logit_bias" in given:
+        given["logit_bias"] = dict(map(_bias, given["logit_bias"]))
+    if len(given.get("seed", ())) == 1:
+        given["seed"] = given["seed"][0]
+    GenerateOptions.make(**given)  # before anything is planned or loaded
+    return given
+
+
+def _bias(text: str) -> tuple[int, float]:
+    token, _, bias = text.partition("=")
+    try:
+        return int(token), float(bias)
+    except ValueError:
+        raise GenerateError("GN-ARGS", f"{text!r} is not ID=BIAS, such as 42=-5.0", locus="logit_bias") from None
+
+
+def figures(result: Generation) -> str:
+    """One line about a generation, for people."""
+    stats = result.stats
+    return (
+        f"{stats.prompt_tokens} prompt tokens in {stats.prefill_seconds:.2f} s · {stats.new_tokens} new tokens in "
+        f"{stats.decode_seconds:.2f} s ({stats.tokens_per_second:.1f} tokens/s) · peak memory "
+        f"{stats.peak_memory_bytes / 2**20:,.0f} MiB · finished: {result.finish_reason}"
+    )
+
+
+def print_pieces(pieces: Iterable[Piece]) -> bool:
+    """Print a stream of one row as it comes; False if Ctrl-C ended it."""
+    try:
+        for piece in pieces:
+            click.echo(piece.text, nl=False)
+    except KeyboardInterrupt:
+        click.echo()
+        return False
+    click.echo()
+    return True

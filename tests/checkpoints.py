@@ -1,0 +1,38 @@
+"""Real tiny checkpoints, written by transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+TINY_LLAMA = {
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "intermediate_size": 72,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 160,
+}
+
+
+def write_llama(folder: Path, *, seed: int = 0, dtype: str = "float32", max_shard_size: str = "5GB", **config: Any) -> Any:
+    """A random transformers Llama, saved by transformers into `folder`; returns the model, in float32 and eval mode.
+
+    Weights are larger than an initialisation's so that every part of the model moves the logits.
+    """
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(LlamaConfig(**{**TINY_LLAMA, "bos_token_id": None, "eos_token_id": None, **config})).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(std=1.0 if "embed" in name else 1.5 * parameter.shape[1] ** -0.5)
+            elif "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+            else:
+                parameter.normal_(std=0.2)
+    model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=max_shard_size)
+    return model

@@ -1,0 +1,175 @@
+"""Every registered cache against the contract: positions, overflow, rewind, padding, exact bytes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from modelrig.components import AttentionSpec
+from modelrig.errors import CacheError
+from modelrig.registry import current
+
+CPU = torch.device("cpu")
+LAYERS = (
+    AttentionSpec(num_heads=6, num_key_value_heads=2, head_dim=10, value_dim=10, scale=1.0),
+    AttentionSpec(num_heads=6, num_key_value_heads=3, head_dim=4, value_dim=7, scale=1.0),
+)
+CACHES = ["dynamic", "static"]
+
+
+def make(name: str, batch: int = 2, capacity: int = 600, padding: list[int] | None = None) -> Any:
+    return current().find("caches", name).implementation().create(
+        LAYERS, batch=batch, capacity=capacity, dtype=torch.float32, device=CPU, padding=padding
+    )
+
+
+def feed(cache: Any, tokens: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Write recognisable keys and values for `tokens` [batch, count]; returns what each layer may attend to."""
+    slots = cache.begin(tokens.shape[1])
+    seen = []
+    for number, (layer, spec) in enumerate(zip(cache.layers, LAYERS, strict=True)):
+        k, v = (
+            (tokens[:, None, :, None] + 1000 * number).expand(-1, spec.num_key_value_heads, -1, dim).float()
+            for dim in (spec.head_dim, spec.value_dim)
+        )
+        keys, values = layer.update(k, -v, slots)
+        seen.append((keys, values))
+    return seen
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_what_was_written_is_seen_in_order(name: str) -> None:
+    cache = make(name)
+    tokens = torch.arange(2 * 500).view(2, 500)
+    for start, stop in ((0, 3), (3, 4), (4, 300), (300, 301), (301, 500)):
+        seen = feed(cache, tokens[:, start:stop])
+        cache.commit(stop - start)
+    assert 500 == cache.length
+    for number, (keys, values) in enumerate(seen):
+        assert torch.equal((tokens + 1000 * number).float(), keys[:, 0, :, 0])
+        assert torch.equal(-(tokens + 1000 * number).float(), values[:, -1, :, -1])
+
+
+@pytest.mark.parametrize("name", CACHES)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_history_of_steps_and_rewinds_equals_a_list_of_tokens(name: str, data: st.DataObject) -> None:
+    cache, oracle, fresh = make(name, batch=1, capacity=40), [], iter(range(1, 100_000))
+    for _ in range(data.draw(st.integers(1, 15))):
+        action = data.draw(st.sampled_from(["step", "step", "step", "rewind", "reset", "abandon"]))
+        if action == "step":
+            count = data.draw(st.integers(1, 45))
+            tokens = [next(fresh) for _ in range(count)]
+            if len(oracle) + count > 40:
+                with pytest.raises(CacheError, match="CA-FULL"):
+                    cache.begin(count)
+                continue
+            (keys, _), _ = feed(cache, torch.tensor([tokens]))
+            assert [*oracle, *tokens] == keys[0, 0, : len(oracle) + count, 0].long().tolist()
+            kept = data.draw(st.integers(0, count))
+            cache.commit(kept)
+            oracle += tokens[:kept]
+        elif action == "rewind":
+            to = data.draw(st.integers(0, 45))
+            if to > len(oracle):
+                with pytest.raises(CacheError, match="CA-REWIND"):
+                    cache.rewind(to)
+            else:
+                cache.rewind(to)
+                del oracle[to:]
+        elif action == "abandon" and len(oracle) < 40:
+            cache.begin(1)  # a step that failed: never committed
+        elif action == "reset":
+            cache.reset()
+            oracle.clear()
+        assert len(oracle) == cache.length
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_positions_count_a_rows_own_tokens(name: str) -> None:
+    cache = make(name, padding=[0, 3])
+    slots = cache.begin(5)
+    assert [[0, 1, 2, 3, 4], [0, 0, 0, 0, 1]] == slots.positions.tolist()
+    assert [0, 1, 2, 3, 4] == slots.index.tolist()
+    cache.commit(5)
+    assert [[5], [2]] == cache.begin(1).positions.tolist()
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_a_step_of_one_length_always_uses_the_same_tensors(name: str) -> None:
+    cache = make(name)
+    first = cache.begin(1)
+    address = first.index.data_ptr()
+    cache.commit(1)
+    assert first is cache.begin(1)
+    assert address == first.index.data_ptr()
+    assert [1] == first.index.tolist()
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_predicted_bytes_are_the_measured_ones_at_full_length(name: str) -> None:
+    component = current().find("caches", name)
+    cache = make(name, batch=3, capacity=517)
+    feed(cache, torch.zeros(3, 517))
+    assert component.planner().nbytes(LAYERS, 3, 517, "float32", None) == cache.nbytes
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_a_full_cache_says_so_and_stays_usable(name: str) -> None:
+    cache = make(name, batch=1, capacity=8)
+    feed(cache, torch.arange(6)[None])
+    cache.commit(6)
+    with pytest.raises(CacheError, match="6 of 8 slots"):
+        cache.begin(3)
+    assert 6 == cache.length
+    (keys, _), _ = feed(cache, torch.tensor([[6, 7]]))
+    cache.commit(2)
+    assert list(range(8)) == keys[0, 0, :, 0].long().tolist()
+
+
+@pytest.mark.parametrize("name", CACHES)
+@pytest.mark.parametrize(
+    ("call", "code"),
+    [
+        (lambda cache: cache.begin(0), "CA-ARGS"),
+        (lambda cache: cache.begin(True), "CA-ARGS"),
+        (lambda cache: cache.commit(1), "CA-STATE"),
+        (lambda cache: (cache.begin(2), cache.commit(3)), "CA-ARGS"),
+        (lambda cache: (cache.begin(2), cache.commit(-1)), "CA-ARGS"),
+        (lambda cache: cache.rewind(-1), "CA-REWIND"),
+        (lambda cache: cache.rewind(1), "CA-REWIND"),
+        (lambda cache: cache.reset([1]), "CA-ARGS"),
+        (lambda cache: cache.reset([0, 600]), "CA-ARGS"),
+        (lambda cache: cache.reset([0, -1]), "CA-ARGS"),
+    ],
+)
+def test_misuse_is_an_error_that_changes_nothing(name: str, call: Any, code: str) -> None:
+    cache = make(name)
+    with pytest.raises(CacheError) as caught:
+        call(cache)
+    assert code == caught.value.code
+    assert 0 == cache.length
+    cache.begin(1)
+    cache.commit(1)
+    assert 1 == cache.length
+
+
+@pytest.mark.parametrize("name", CACHES)
+@pytest.mark.parametrize(("batch", "capacity"), [(0, 5), (-1, 5), (1, 0), (1, -5), (True, 5), (1, 2.5)])
+def test_impossible_sizes_are_refused(name: str, batch: Any, capacity: Any) -> None:
+    with pytest.raises(CacheError, match="CA-ARGS"):
+        make(name, batch=batch, capacity=capacity)
+
+
+def test_the_static_caches_buffers_never_move() -> None:
+    cache = make("static", batch=1, capacity=700)
+    address = cache.layers[0].keys.data_ptr()
+    for count in (300, 1, 399):
+        feed(cache, torch.zeros(1, count))
+        cache.commit(count)
+    cache.reset()
+    assert address == cache.layers[0].keys.data_ptr()
