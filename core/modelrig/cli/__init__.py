@@ -138,9 +138,9 @@ def _run(arguments: Sequence[str] | None, state: dict[str, Any]) -> int:
         _traceback(state)
         click.echo(f"Error: {error}", err=True)
         return error.exit_code
-    except BrokenPipeError:
+    except (BrokenPipeError, SystemExit):
         raise
-    except Exception as error:
+    except BaseException as error:  # the panics of Rust extensions too
         _traceback(state)
         text = " ".join(f"{type(error).__name__}: {error}".split())
         text = text if len(text) <= 300 else text[:300] + "…"

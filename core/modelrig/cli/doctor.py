@@ -24,7 +24,10 @@ SECRET = re.compile(r"TOKEN|KEY|SECRET|PASSWORD")
 @json_option
 @click.pass_context
 def command(context: click.Context, as_json: bool) -> None:
-    """Look for what is wrong with this installation. Exits with 4 if a plugin failed."""
+    """Look for what is wrong with this installation.
+
+    Exits with 4 if a plugin failed, else with 0.
+    """
     findings = examine_installation(configured_registry())
     versions = {name: _version(name) for name in PACKAGES}
     variables = {name: _shown(name, value) for name, value in sorted(os.environ.items()) if VARIABLES.match(name)}

@@ -57,7 +57,10 @@ def _line(row: PluginRow) -> tuple[str, ...]:
 @json_option
 @click.pass_context
 def show(context: click.Context, name: str, as_json: bool) -> None:
-    """Tell everything about the plugin or component NAME (a plugin's name or row id, a component's name or full id)."""
+    """Tell everything about the plugin or component NAME.
+
+    NAME is a plugin's name or row id, or a component's name or full id.
+    """
     registry = configured_registry()
     everything = [component for kind in KINDS for component in registry.components(kind)]
     rows = [row for row in registry.rows if name in (row.plugin, row.id)]

@@ -125,9 +125,9 @@ def _call(manager: pluggy.PluginManager, hook: str) -> list[tuple[str, Any]]:
                     "broken", "PL-HOOK", f"{hook} returned {type(result).__name__}; it must return an iterable of descriptors"
                 )
             items += [(hook, item) for item in islice(result, MAX_COMPONENTS + 1)]
-    except RejectedError:
+    except (RejectedError, KeyboardInterrupt):
         raise
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
         raise RejectedError("broken", "PL-HOOK", f"{hook} raised {cause(error)}") from error
     if len(items) > MAX_COMPONENTS:
         raise RejectedError("broken", "PL-HOOK", f"{hook} returns more than {MAX_COMPONENTS} components")

@@ -23,7 +23,7 @@ from modelrig.errors import RequestError, nearest, quoted
 from modelrig.hookspecs import ENTRY_POINT_GROUP
 
 from .checks import RejectedError, check_api, collect, unmet
-from .guard import TorchGuard, TorchRefused, forget
+from .guard import TorchGuard, forget
 from .ledger import OUR_DISTRIBUTION, PluginRow, Registered, cause
 
 Found = tuple[PluginRow, tuple[Registered, ...]]
@@ -222,7 +222,9 @@ def examine(row: PluginRow, load: Callable[[], object], *, package: str = "", di
         except RejectedError as rejected:
             shown = traceback.format_exc() if rejected.__cause__ else None
             row = evolve(row, state=rejected.state, code=rejected.code, reason=rejected.reason, traceback=shown)
-        except (Exception, SystemExit, TorchRefused) as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # sys.exit and the panics of Rust extensions too
             row = evolve(row, state="broken", code="PL-IMPORT", traceback=traceback.format_exc())
             row = evolve(row, reason=f"it cannot be imported: {cause(error)}")
     if guard.tripped:

@@ -134,7 +134,9 @@ class Registered:
                 found: Any = importlib.import_module(module)
                 for part in attribute.split("."):
                     found = getattr(found, part)
-            except (Exception, SystemExit) as error:
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:  # sys.exit and the panics of Rust extensions too
                 origin = f"distribution {self.distribution}" if self.distribution else "registered by a call"
                 raise PluginError(
                     "PL-IMPORT",

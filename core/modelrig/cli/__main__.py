@@ -1,0 +1,5 @@
+import sys
+
+from modelrig.cli import main
+
+sys.exit(main())
