@@ -34,10 +34,17 @@ def file_names(snapshot: Snapshot) -> list[str]:
     """Names of the files of the snapshot's folder, sorted, with those that are not fetched yet. Folders are left out."""
     try:
         with os.scandir(snapshot.root) as found:
-            names = {entry.name for entry in found if not entry.is_dir()}
+            names = {entry.name for entry in found if not _is_folder(entry)}
     except OSError as error:
         raise FileError("IO-READ", f"the folder cannot be read: {error.strerror}", path=snapshot.root) from error
     return sorted(names | set(snapshot.headers))
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that cannot be followed: opening it will say so
+        return False
 
 
 def list_tensor_files(snapshot: Snapshot) -> tuple[str, ...]:

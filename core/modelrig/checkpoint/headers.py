@@ -132,6 +132,10 @@ def _parse_text(data: bytes, path: Path) -> dict[str, Any]:
     text = data.rstrip(b" ")
     if not text.endswith(b"}") and text.rstrip(b"\0\t\r\n ").endswith(b"}"):
         raise FormatError("ST-PAD", f"the header is padded with {quoted(text[-1:])[1:]}; only spaces are allowed", path=path)
+    # Told before parsing, which takes several times the memory; whoever hides the word behind escapes is found after it.
+    count = text.count(b'"data_offsets"')
+    if count > MAX_TENSORS:
+        raise _too_many(count, path)
     try:
         table = parse(text, max_depth=MAX_DEPTH)
     except DuplicateKeyError as problem:
@@ -147,9 +151,13 @@ def _parse_text(data: bytes, path: Path) -> dict[str, Any]:
         raise FormatError("ST-JSON", f"the header is not JSON: {problem.msg} at {where}", path=path) from problem
     except ValueError as problem:
         raise FormatError("ST-JSON", f"the header is not JSON: {problem}", path=path) from problem
-    if len(table) > MAX_TENSORS + 1:
-        raise FormatError("ST-COUNT", f"{len(table):,} tensors; at most {MAX_TENSORS:,} are accepted", path=path)
+    if len(table) > MAX_TENSORS + 1:  # one may be the metadata
+        raise _too_many(len(table), path)
     return table  # it begins with "{", so it is a dict
+
+
+def _too_many(count: int, path: Path) -> FormatError:
+    return FormatError("ST-COUNT", f"{count:,} tensors; at most {MAX_TENSORS:,} are accepted", path=path)
 
 
 def _take_metadata(table: dict[str, Any], path: Path) -> dict[str, str]:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from modelrig.checkpoint.files import open_regular, read_at
-from modelrig.errors import CODES, CheckpointError, quoted
+from modelrig.errors import CODES, CheckpointError, FileError, quoted
 
 MAX_BYTES = 16 << 20
 MAX_DEPTH = 64
@@ -21,6 +22,7 @@ MAX_DIGITS = 19
 _NO_BRACKETS_OR_QUOTES = bytes(set(range(256)) - set(b'[]{}"'))
 _BRACES_AS_BRACKETS = bytes.maketrans(b"{}", b"[]")
 _DIGITS_AS_ZERO = bytes(ord("0") if byte in b"0123456789" else byte for byte in range(256))
+_PIECE = 1 << 20
 _ESCAPE = re.compile(rb"\\.", re.DOTALL)
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
@@ -40,12 +42,12 @@ class NestingError(ValueError):
 def is_deeper(data: bytes, limit: int) -> bool:
     """Whether lists and objects are nested more than `limit` levels deep, without parsing and in linear time.
 
-    Right up to the first syntax error, which is as far as a parser gets.
+    Exact for JSON. Of anything else, False is certain up to the first syntax error, which is as far as a parser gets.
     """
     if b"\\" in data:
         data = _ESCAPE.sub(b"", data)  # an escaped quote ends no string
     marks = data.translate(_BRACES_AS_BRACKETS, _NO_BRACKETS_OR_QUOTES).replace(b'""', b"")  # two quotes leave the rest in or out
-    brackets = b"".join(marks.split(b'"')[::2])
+    brackets = _outside_texts(marks)
     for _ in range(limit):
         shorter = brackets.replace(b"[]", b"")  # takes away exactly the innermost level
         if len(shorter) == len(brackets):
@@ -57,7 +59,17 @@ def is_deeper(data: bytes, limit: int) -> bool:
     return opened > limit
 
 
-def parse(data: bytes, *, max_depth: int = MAX_DEPTH) -> Any:
+def _outside_texts(marks: bytes) -> bytes:
+    """The brackets that an even number of quotes precedes. In pieces: a list of millions of parts would need gigabytes."""
+    outside, is_inside = [], 0
+    for begin in range(0, len(marks), _PIECE):
+        parts = marks[begin : begin + _PIECE].split(b'"')
+        outside.append(b"".join(parts[is_inside::2]))
+        is_inside ^= (len(parts) - 1) & 1
+    return b"".join(outside)
+
+
+def parse(data: bytes, *, max_depth: int = MAX_DEPTH, max_digits: int = MAX_DIGITS) -> Any:
     """`data` as Python objects.
 
     Raises:
@@ -68,12 +80,12 @@ def parse(data: bytes, *, max_depth: int = MAX_DEPTH) -> Any:
     text = data.decode("utf-8")
     if is_deeper(data, max_depth):
         raise NestingError(f"nested more than {max_depth} levels deep")
-    has_long_digits = b"0" * (MAX_DIGITS + 1) in data.translate(_DIGITS_AS_ZERO)
+    has_long_digits = b"0" * (max_digits + 1) in data.translate(_DIGITS_AS_ZERO)
     value = json.loads(
         text,
         object_pairs_hook=_object,
         parse_constant=_refuse_constant,
-        parse_int=_short_integer if has_long_digits else None,
+        parse_int=partial(_short_integer, max_digits) if has_long_digits else None,
     )
     if _SURROGATE.search(data):
         json.dumps(value, ensure_ascii=False).encode("utf-8")  # raises on a lone half
@@ -95,18 +107,21 @@ def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not a number JSON knows")
 
 
-def _short_integer(digits: str) -> int:
-    if len(digits.lstrip("-")) > MAX_DIGITS:
-        raise ValueError(f"an integer of {len(digits.lstrip('-'))} digits; at most {MAX_DIGITS} are accepted")
+def _short_integer(max_digits: int, digits: str) -> int:
+    if len(digits.lstrip("-")) > max_digits:
+        raise ValueError(f"an integer of {len(digits.lstrip('-'))} digits; at most {max_digits} are accepted")
     return int(digits)
 
 
-def load_json(path: Path, *, error: type[CheckpointError], prefix: str, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
+def load_json(
+    path: Path, *, error: type[CheckpointError], prefix: str, max_bytes: int = MAX_BYTES, max_digits: int = MAX_DIGITS
+) -> dict[str, Any]:
     """The JSON object in the file `path`.
 
     Args:
         error: the class to raise.
         prefix: family of the codes: `CF`, `IX` or `TK`; `<prefix>-DUPKEY` and `-LIMIT` are used where they exist.
+        max_digits: how long an integer may be; tokenizer_config.json writes 1e30 as one.
 
     Raises:
         error: the content is not an acceptable JSON object; `<prefix>-MISSING` for a `CF` or `TK` file that is not there.
@@ -122,11 +137,11 @@ def load_json(path: Path, *, error: type[CheckpointError], prefix: str, max_byte
     with open_regular(path) as (descriptor, status):
         if status.st_size > max_bytes:
             raise refuse("LIMIT", f"{status.st_size:,} bytes; at most {max_bytes:,} are accepted")
-        data = read_at(descriptor, max_bytes + 1, 0, path)  # the size may be 0 (procfs) or may have grown: bounded here too
-    if len(data) > max_bytes:
-        raise refuse("LIMIT", f"more than {max_bytes:,} bytes")
+        data = read_at(descriptor, status.st_size + 1, 0, path)
+        if len(data) != status.st_size:
+            raise FileError("IO-CHANGED", f"had {status.st_size:,} bytes and has another number now", path=path)
     try:
-        value = parse(data)
+        value = parse(data, max_digits=max_digits)
     except DuplicateKeyError as problem:
         raise refuse("DUPKEY", str(problem), problem.key) from problem
     except NestingError as problem:
