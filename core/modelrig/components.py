@@ -263,6 +263,8 @@ class Snapshot:
 
 
 class SourcePlanner(Protocol):
+    """A source with a closed list of models may also offer `names()`, their references, for "did you mean"."""
+
     def claims(self, reference: str) -> str | None:
         """Why this source recognises `reference`, or None. Touches no network."""
         ...
@@ -424,9 +426,16 @@ class QuantizerPlanner(Protocol):
 
 
 class LinearMaker(Protocol):
+    """Created once per model: `implementation(options)`.
+
+    `vector` says in which shape it wants a single token: [in] rather than [1, in].
+    """
+
+    vector: bool
+
     def make_linear(self, weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-        """The hot path for one weight [out, in] and its bias [out]: x [tokens, in] → [tokens, out], or [in] → [out] for a single
-        token. Called once, after loading."""
+        """The hot path for one weight [out, in] and its bias [out]: x [tokens, in] → [tokens, out], and with `vector` also
+        [in] → [out]. Called once for each weight, after loading."""
         ...
 
 

@@ -178,7 +178,7 @@ class PlanError(ModelrigError):
     """No rig fits the request.
 
     Attributes:
-        refused: for each kind in question, component id → tuple of `modelrig.components.Reason`.
+        refused: for each kind in question, component (as a config names it) → tuple of `modelrig.components.Reason`.
     """
 
     exit_code = 3

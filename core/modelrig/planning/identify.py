@@ -5,6 +5,7 @@ resolve → catalog → describe. Only configs and headers are read.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -44,7 +45,7 @@ def resolve(reference: str, registry: Registry) -> tuple[Identified, Snapshot]:
     """
     claims, silent = _claims("sources", reference, registry)
     if not claims:
-        guess = nearest(reference, _neighbours(reference))
+        guess = nearest(reference, [*_offered(registry), *_neighbours(reference)])
         tried = "; ".join(
             f"{one.name}: {one.descriptor.summary}" for one in registry.components("sources") if one.state == "active"
         )
@@ -55,6 +56,15 @@ def resolve(reference: str, registry: Registry) -> tuple[Identified, Snapshot]:
         )
     chosen = _only(claims, f"the reference {quoted(reference)}")
     return chosen, _ask(chosen.registered, "resolve", reference)
+
+
+def _offered(registry: Registry) -> list[str]:
+    """References that sources with a closed list of models know."""
+    found: list[str] = []
+    for one in registry.components("sources"):
+        with contextlib.suppress(Exception):  # only a help to whoever misspelt
+            found += [str(name) for name in getattr(one.planner(), "names", list)() if one.state == "active"]
+    return found
 
 
 def _neighbours(reference: str) -> list[str]:

@@ -18,19 +18,18 @@ from typing import Any, NoReturn
 
 from attrs import evolve, frozen
 
-from modelrig.components import SLOTS, Quantizer, Reason
-from modelrig.errors import ModelrigError, PlanError, PluginError, RequestError, quoted
+from modelrig.components import SLOTS, Reason
+from modelrig.errors import ModelrigError, PlanError, RequestError
+from modelrig.planning.candidates import Candidate, Field, Refusal, check, check_preferences, gather
 from modelrig.planning.identify import Identified
-from modelrig.planning.needs import NEEDS, Need, Situation, decoder_need
-from modelrig.planning.options import OptionsError, structure
+from modelrig.planning.needs import Situation, decoder_need
 from modelrig.planning.request import DEFAULT, Request
-from modelrig.planning.rules import link_reasons, unary_reasons, unknown_links
+from modelrig.planning.rules import link_reasons, unary_reasons
 from modelrig.planning.solver import Part, fits_beside, solve
 from modelrig.planning.values import Wish
 from modelrig.registry import Registered, Registry
-from modelrig.registry.ledger import cause
 
-SLOT_OF = {kind: slot for slot, kind in SLOTS.items()}
+__all__ = ["Choice", "Negotiated", "Refusal", "negotiate"]
 
 
 @frozen(kw_only=True)
@@ -45,56 +44,12 @@ class Choice:
     registered: Registered
 
 
-@frozen
-class Refusal:
-    """A component that was not chosen, with every reason."""
-
-    kind: str
-    component: str
-    reasons: tuple[Reason, ...]
-
-
 @frozen(kw_only=True)
 class Negotiated:
     choices: Mapping[str, Choice]
     refused: tuple[Refusal, ...]
     decoder_when_sampling: Choice | None
     notes: tuple[str, ...] = ()
-
-
-@frozen(kw_only=True)
-class Candidate:
-    """A component on its way to being chosen or refused.
-
-    `is_base`: asked for, preferred, or ours and without an optional package, so `auto` may take it. `is_checked`: its planner was
-    asked. `given` are the options as written.
-    """
-
-    registered: Registered
-    shown: str
-    place: int | None  # in the wish's names
-    is_base: bool
-    given: Mapping[str, Any]
-    is_checked: bool = False
-    options: Any = None
-    reasons: tuple[Reason, ...] = ()
-
-    @property
-    def part(self) -> Part:
-        return Part(self.shown, self.registered.descriptor)
-
-
-@frozen(kw_only=True)
-class Field:
-    """All candidates of one slot, in the order in which they are tried, and rows for names that are no candidates."""
-
-    slot: str
-    kind: str
-    wish: Wish
-    origin: str
-    need: Need
-    candidates: tuple[Candidate, ...]
-    absent: tuple[Refusal, ...] = ()
 
 
 def negotiate(situation: Situation, fixed: Mapping[str, Identified], request: Request, registry: Registry) -> Negotiated:
@@ -122,118 +77,6 @@ def negotiate(situation: Situation, fixed: Mapping[str, Identified], request: Re
         decoder_when_sampling=None if sampling is None else _sampling_choice(sampling, choices["decoders"]),
         notes=tuple(_notes(fields, chosen)),
     )
-
-
-# ------------------------------------------------------------------------------------------------ candidates
-
-
-def check_preferences(request: Request, registry: Registry) -> None:
-    """A preferred name that is nobody's is a mistake. Raises `RequestError` (RQ-NAME)."""
-    for name in request.prefer:
-        if not any(name in (one.name, one.id) for kind in SLOTS.values() for one in registry.components(kind)):
-            origin = request.origin("prefer")
-            raise RequestError("RQ-NAME", f"no component is called {quoted(name)} (prefer: {origin})", locus="prefer")
-
-
-def gather(slot: str, situation: Situation, request: Request, registry: Registry) -> Field:
-    """Every component of the slot's kind with what data says against it, and the named ones that are not there."""
-    kind, wish, origin = SLOTS[slot], request.wish(slot), request.origin(slot)
-    need = NEEDS[kind](situation)
-    there = registry.components(kind, request.prefer)
-    places, absent = _named(kind, wish, registry, there)
-    excluded = {component_id for name in wish.excluded for component_id in _ids(kind, name, registry, there)}
-    preferred = {one.id for one in there if one.name in request.prefer or one.id in request.prefer}
-    names = [one.name for one in there if one.state != "disabled"]
-    candidates = []
-    for one in sorted(there, key=lambda one: places.get(one.id, len(places))):  # stable: the registry's order otherwise
-        reasons = list(_state_reasons(one))
-        if one.id in excluded:
-            reasons.append(Reason("request.excluded", f"excluded by {origin}"))
-        if not wish.otherwise and one.id not in places:
-            reasons.append(Reason("request.pinned", f"{slot} is {' or '.join(map(quoted, wish.names))} by {origin}"))
-        is_wanted = one.id in places or one.id in preferred
-        if one.state == "active":
-            reasons += [*unary_reasons(one.descriptor, need), *unknown_links(one.descriptor)]
-            if not is_wanted and isinstance(one.descriptor, Quantizer) and _is_lossier(one.descriptor, situation.scheme):
-                reasons.append(Reason("auto.lossy", "auto never makes a model lossier", f"ask for it: {slot}={one.name!r}"))
-        candidates.append(
-            Candidate(
-                registered=one,
-                shown=one.name if names.count(one.name) < 2 else one.id,
-                place=places.get(one.id),
-                is_base=is_wanted or (one.is_ours and not one.descriptor.requires),
-                given=wish.options_of(one.name, one.id),
-                reasons=tuple(reasons),
-            )
-        )
-    return Field(slot=slot, kind=kind, wish=wish, origin=origin, need=need, candidates=tuple(candidates), absent=tuple(absent))
-
-
-def _named(kind: str, wish: Wish, registry: Registry, there: Sequence[Registered]) -> tuple[dict[str, int], list[Refusal]]:
-    """Component id → place in the wish, and rows for names nobody has. A pin is an error instead of a row."""
-    places: dict[str, int] = {}
-    absent = []
-    for place, name in enumerate(wish.names):
-        try:
-            places.setdefault(registry.find(kind, name).id, place)
-        except (RequestError, PluginError) as error:
-            if wish.is_pin or error.code == "RQ-AMBIGUOUS":
-                raise
-            same = [one for one in there if name in (one.name, one.id)]
-            if same:  # a row of its own says what is the matter with it
-                places.setdefault(same[0].id, place)
-            else:
-                absent.append(Refusal(kind, name, (Reason("request.unknown", error.reason, error.hint),)))
-    return places, absent
-
-
-def _ids(kind: str, name: str, registry: Registry, there: Sequence[Registered]) -> Iterator[str]:
-    """Ids of everything called `name`, usable or not. Raises `RequestError` (RQ-NAME) if nothing is."""
-    found = [one.id for one in there if name in (one.name, one.id)]
-    yield from found or [registry.find(kind, name).id]
-
-
-def _state_reasons(one: Registered) -> Iterator[Reason]:
-    if one.state != "active":
-        yield Reason(f"plugin.{one.state}", f"{one.state}: {one.reason}", one.descriptor.install)
-
-
-def _is_lossier(quantizer: Quantizer, scheme: str) -> bool:
-    """Whether it would lose something the checkpoint still has. Reading what is quantised already loses nothing more."""
-    capabilities = quantizer.capabilities
-    return not getattr(capabilities, "lossless", False) and not (scheme != "none" and scheme in getattr(capabilities, "reads", ()))
-
-
-def check(field: Field, candidate: Candidate) -> Candidate:
-    """The candidate with its options made and its planner asked. What fails becomes a reason, or an error where it is pinned."""
-    if candidate.is_checked or candidate.reasons:
-        return candidate
-    one, reasons, options = candidate.registered, [], None
-    try:
-        planner = one.planner()
-        options = structure(planner, candidate.given)
-        ask = getattr(planner, "check", None)
-        reasons = [] if ask is None else [_reason(reason) for reason in ask(field.need, options)]
-    except OptionsError as error:
-        if field.wish.is_pin:
-            code, locus = ("RQ-UNKNOWN" if error.is_unknown else "RQ-VALUE"), f"{field.slot} {one.name}"
-            raise RequestError(code, str(error), locus=locus) from error
-        reasons = [Reason(f"{field.slot}.options", str(error))]
-    except PluginError as error:
-        if field.wish.is_pin:
-            raise
-        reasons = [Reason("plugin.broken", error.reason)]
-    except MemoryError:
-        raise
-    except Exception as error:
-        reasons = [Reason("plugin.failed", f"its planner failed: {cause(error)}")]
-    return evolve(candidate, options=options, reasons=tuple(reasons), is_checked=True)
-
-
-def _reason(reason: object) -> Reason:
-    if not isinstance(reason, Reason):
-        raise TypeError(f"check returned {quoted(reason)}, which is no Reason")
-    return reason
 
 
 # ------------------------------------------------------------------------------------------------ search
@@ -374,6 +217,8 @@ def _notes(fields: Sequence[Field], chosen: Mapping[str, Candidate]) -> Iterator
 
 def _raise_no_solution(fields: Sequence[Field], beside: Mapping[str, Part]) -> NoReturn:
     """PN-REFUSED naming what was asked for and cannot serve, or PN-NONE; every candidate's reasons and the nearest way out."""
+    for field in fields:
+        _require_known_options(field)
     viable = {field.kind: [one for one in field.candidates if not one.reasons] for field in fields}
     refused: dict[str, dict[str, tuple[Reason, ...]]] = {}
     asked: list[str] = []
@@ -398,10 +243,19 @@ def _raise_no_solution(fields: Sequence[Field], beside: Mapping[str, Part]) -> N
             f"{field.slot}={'|'.join(field.wish.names)} does not fit together with the rest" for field in fields if field.wish.names
         ]
     code = "PN-REFUSED" if asked else "PN-NONE"
-    what = "cannot serve: " if asked else "no combination of components fits: "
+    what = "cannot serve:" if asked else "no combination of components fits:"
     lines = asked or others or ["each fits alone, but no combination does"]
-    text = what + (lines[0] if len(lines) == 1 else "".join(f"\n  - {line}" for line in lines))
+    text = what + (f" {lines[0]}" if len(lines) == 1 else "".join(f"\n  - {line}" for line in lines))
     raise PlanError(code, text, refused=refused, hint=_nearest_working(fields, beside))
+
+
+def _require_known_options(field: Field) -> None:
+    """Options that every component that could serve refuses are a mistake of the request. Raises `RequestError` (RQ-VALUE)."""
+    code = f"{field.slot}.options"
+    found = [(one.shown, reason.text) for one in field.candidates for reason in one.reasons if reason.code == code]
+    if found and all(one.reasons for one in field.candidates):
+        texts = "; ".join(f"{name}: {text}" for name, text in found)
+        raise RequestError("RQ-VALUE", f"no {field.slot} that fits takes these options: {texts}", locus=field.slot)
 
 
 def _blocked(one: Candidate, viable: Mapping[str, Sequence[Candidate]], beside: Mapping[str, Part]) -> Iterator[Reason]:

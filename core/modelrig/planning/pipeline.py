@@ -14,7 +14,7 @@ from attrs import evolve, frozen
 
 from modelrig.checkpoint.matching import match
 from modelrig.components import FLOATING, Catalog, ModelFacts, Snapshot
-from modelrig.errors import ModelrigError, PlanError, PluginError, RequestError
+from modelrig.errors import ModelrigError, PlanError, PluginError
 from modelrig.planning.environment import Environment, read_environment
 from modelrig.planning.identify import (
     CONFIG,
@@ -174,7 +174,7 @@ def decide(
 
 
 def make_situation(checkpoint: Checkpoint, request: Request, device: str, why_device: str) -> Situation:
-    """dtype, context and batch settled. Raises `RequestError` (RQ-VALUE) for more context than the model has."""
+    """dtype, context and batch settled. More context than the config was made for is planned, and said."""
     dtype, why_dtype = _dtype(checkpoint, request)
     context, why_context = _context(checkpoint.facts, request)
     return Situation(
@@ -203,13 +203,10 @@ def _context(facts: ModelFacts, request: Request) -> tuple[int, str]:
     if isinstance(request.context, str):
         context = min(facts.context_length, USUAL_CONTEXT)
         return context, f"auto: the smaller of the model's {facts.context_length:,} and {USUAL_CONTEXT:,}"
+    why = request.origin("context")
     if request.context > facts.context_length:
-        raise RequestError(
-            "RQ-VALUE",
-            f"{request.context:,} tokens (by {request.origin('context')}), but the model's config allows {facts.context_length:,}",
-            locus="context",
-        )
-    return request.context, request.origin("context")
+        why += f", which is beyond the {facts.context_length:,} the config was made for"
+    return request.context, why
 
 
 def open_account(situation: Situation, checkpoint: Checkpoint, negotiated: Negotiated) -> Account:

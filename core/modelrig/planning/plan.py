@@ -17,7 +17,7 @@ from modelrig.planning.negotiation import Choice, Refusal
 from modelrig.planning.request import Request
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, eq=False)
 class RigPlan:
     """How a checkpoint will be loaded and run.
 

@@ -184,7 +184,7 @@ def size(value: Any) -> int:
 
 
 def names(value: Any) -> tuple[str, ...]:
-    """A name or a list of names of components, plugins or distributions."""
+    """A name or a list of names."""
     items = [value] if isinstance(value, str) else value
     if not isinstance(items, list | tuple) or not all(isinstance(item, str) and item for item in items):
         raise ValueError(f"{quoted(value)}; a list of names is accepted")

@@ -18,6 +18,11 @@ def bundled_names() -> list[str]:
 
 class BundledPlanner:
     @staticmethod
+    def names() -> list[str]:
+        """What may be asked for."""
+        return bundled_names()
+
+    @staticmethod
     def claims(reference: str) -> str | None:
         """That a model of this name ships, unless a path of that name exists."""
         return f"{reference} ships with Modelrig" if reference in bundled_names() and existing_path(reference) is None else None
