@@ -136,7 +136,8 @@ def _resolve_online(reference: str, repository: str, revision: str) -> Snapshot:
             raise SourceError("SR-FETCH", f"{repository}@{revision} has no config.json nor another JSON file")
         if revision != commit:
             download(small[0], revision)  # by its name, so that the cache knows later, offline, which commit the name meant
-        folder = next(path.parent for name, path in zip(small, pool.map(download, small), strict=True) if "/" not in name)
+        paths = dict(zip(small, pool.map(download, small), strict=True))
+        folder = next(path.parent for name, path in paths.items() if "/" not in name)
         tensors = _tensor_files(repository, folder, files)
         if all((folder / name).exists() for name in tensors):
             return _snapshot(reference, folder)
