@@ -1,0 +1,131 @@
+"""What the small files beside `tokenizer.json` say: special tokens, end-of-text ids, chat templates. None of it selects code."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from attrs import field, frozen
+
+from modelrig.checkpoint.files import open_regular, read_at
+from modelrig.checkpoint.strict_json import load_json
+from modelrig.errors import ConfigError, TokenizerError, quoted
+
+MAX_TEMPLATE_BYTES = 1 << 20
+MAX_DIGITS = 40  # `model_max_length` is often written as int(1e30)
+TEMPLATE_FOLDER = "additional_chat_templates"
+
+
+@frozen(kw_only=True)
+class SpecialTokens:
+    """What the folder says of its tokenizer, apart from the tokenizer itself.
+
+    Attributes:
+        tokens: text of each special token by its name (`bos_token`, `eos_token`, ...); templates see them under these names.
+        templates: source of each chat template by name; the usual one is called `default`.
+        origins: the file each template came from.
+    """
+
+    tokens: Mapping[str, str] = field(factory=dict)
+    templates: Mapping[str, str] = field(factory=dict)
+    origins: Mapping[str, Path] = field(factory=dict)
+
+
+def read_special_tokens(root: Path) -> SpecialTokens:
+    """Read `tokenizer_config.json`, `special_tokens_map.json` and the chat templates of the folder `root`.
+
+    Raises:
+        TokenizerError: TK-JSON or TK-LIMIT, naming file and key.
+        FileError: something there is not a regular readable file.
+    """
+    config = _json(root / "tokenizer_config.json")
+    tokens = {**_tokens(root / "special_tokens_map.json"), **_named_tokens(config, root / "tokenizer_config.json")}
+    templates: dict[str, str] = {}
+    origins: dict[str, Path] = {}
+    for name, source, path in _templates(root, config):
+        templates[name], origins[name] = source, path
+    return SpecialTokens(tokens=tokens, templates=templates, origins=origins)
+
+
+def end_of_text_ids(root: Path, vocab_size: int) -> tuple[int, ...]:
+    """The ids that end a text, as `generation_config.json` says, or else `config.json`; also for a folder without a tokenizer.
+
+    Ids a model with `vocab_size` logits cannot produce are left out: they end nothing.
+
+    Raises:
+        ConfigError: CF-TYPE if `eos_token_id` is neither an id nor a list of ids, or what `load_json` finds.
+    """
+    for name in ("generation_config.json", "config.json"):
+        path = root / name
+        if not path.exists():
+            continue
+        value = load_json(path, error=ConfigError, prefix="CF").get("eos_token_id")
+        if value is None:
+            continue
+        ids = value if isinstance(value, list) else [value]
+        for token in ids:
+            if isinstance(token, bool) or not isinstance(token, int):
+                raise ConfigError(
+                    "CF-TYPE", f"{quoted(token)}: accepted is a token id or a list of them", path=path, locus="eos_token_id"
+                )
+        return tuple(dict.fromkeys(token for token in ids if 0 <= token < vocab_size))
+    return ()
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return load_json(path, error=TokenizerError, prefix="TK", max_digits=MAX_DIGITS) if path.exists() else {}
+
+
+def _tokens(path: Path) -> dict[str, str]:
+    return _named_tokens(_json(path), path)
+
+
+def _named_tokens(values: Mapping[str, Any], path: Path) -> dict[str, str]:
+    """The entries `<name>_token`: a text, or an object whose `content` is one."""
+    found = {}
+    for key, value in values.items():
+        if not key.endswith("_token") or value is None or isinstance(value, bool):
+            continue  # `add_bos_token` and the like are switches
+        text = value.get("content") if isinstance(value, dict) else value
+        if not isinstance(text, str):
+            raise TokenizerError("TK-JSON", f"{quoted(value)}: accepted is the token's text", path=path, locus=key)
+        found[key] = text
+    return found
+
+
+def _templates(root: Path, config: Mapping[str, Any]) -> Iterator[tuple[str, str, Path]]:
+    """(name, source, file) of each chat template; later ones win, and files of their own win over tokenizer_config.json."""
+    for path, values in (
+        (root / "chat_template.json", _json(root / "chat_template.json")),
+        (root / "tokenizer_config.json", config),
+    ):
+        entry = values.get("chat_template")
+        if isinstance(entry, str):
+            yield "default", entry, path
+        elif isinstance(entry, list) and all(isinstance(item, dict) for item in entry):
+            for item in entry:
+                name, source = item.get("name"), item.get("template")
+                if not isinstance(name, str) or not isinstance(source, str):
+                    raise TokenizerError("TK-JSON", "accepted are objects with name and template", path=path, locus="chat_template")
+                yield name, source, path
+        elif entry is not None:
+            raise TokenizerError(
+                "TK-JSON", "accepted is a template's text, or a list of named templates", path=path, locus="chat_template"
+            )
+    if (path := root / "chat_template.jinja").exists():
+        yield "default", _text(path), path
+    if (folder := root / TEMPLATE_FOLDER).is_dir():
+        for path in sorted(folder.glob("*.jinja")):
+            yield path.stem, _text(path), path
+
+
+def _text(path: Path) -> str:
+    with open_regular(path) as (descriptor, _):
+        data = read_at(descriptor, MAX_TEMPLATE_BYTES + 1, 0, path)
+    if len(data) > MAX_TEMPLATE_BYTES:
+        raise TokenizerError("TK-LIMIT", f"more than {MAX_TEMPLATE_BYTES:,} bytes", path=path)
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as problem:
+        raise TokenizerError("TK-JSON", f"not UTF-8 at byte {problem.start}", path=path) from problem
