@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -38,6 +39,7 @@ class Hub:
     knows_ranges: bool = True
     is_down: bool = False
     tells_sizes: bool = True
+    pause_seconds: float = 0.0  # before each 64 KiB of a tensor file that is asked for whole
     seen: list[Seen] = Factory(list)
     url: str = ""
 
@@ -111,6 +113,8 @@ class _Answer(BaseHTTPRequestHandler):
         sent = 0
         if self.command != "HEAD":
             for begin in range(0, len(content), 1 << 16):
+                if self.headers.get("Range") is None and len(content) > 1 << 20:
+                    time.sleep(self.hub.pause_seconds)
                 try:
                     self.wfile.write(content[begin : begin + (1 << 16)])
                 except OSError:  # the client has what it wanted

@@ -33,7 +33,7 @@ class HubFetcher:
         """
         if snapshot.complete:
             return snapshot
-        from huggingface_hub import hf_hub_download
+        from huggingface_hub import close_session, hf_hub_download
 
         parts = split_reference(snapshot.reference)
         if parts is None or snapshot.revision is None:
@@ -51,9 +51,10 @@ class HubFetcher:
             try:
                 for _ in pool.map(download, snapshot.headers):
                     pass
-            except BaseException:  # Ctrl-C too: running downloads end at their next piece of data
+            except BaseException:  # Ctrl-C too
                 stop.set()
                 pool.shutdown(wait=False, cancel_futures=True)
+                close_session()  # ends reads that wait for the network; the next call opens a new one
                 raise
         return evolve(snapshot, complete=True, headers={}, link_roots=blobs_of(snapshot.root))
 

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -290,6 +292,26 @@ def test_a_file_that_is_not_the_planned_one_is_refused(hub, client, repository, 
     other = write_valid(tmp_path / "other.safetensors", c=("I8", [8_000_000]))
     error = client(NAME, "fetch", other, repository / SHARDS[1], hub=hub)["error"]
     assert ("IO-CHANGED", True) == (error["code"], error["path"].endswith(SHARDS[1]))
+
+
+def test_ctrl_c_ends_a_download_at_once_and_leaves_what_can_be_continued(hub, client, repository, tmp_path):
+    hub.add(NAME, repository, "main")
+    hub.pause_seconds = 0.2
+    surroundings = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": hub.url}
+    surroundings.pop("HF_HUB_OFFLINE", None)
+    child = subprocess.Popen(
+        [sys.executable, "-c", CLIENT, NAME, "fetch"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=surroundings, text=True
+    )
+    deadline = time.monotonic() + 20
+    while not list((tmp_path / "home").rglob("*.incomplete")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    child.send_signal(signal.SIGINT)
+    stopped = time.monotonic()
+    told = child.communicate(timeout=20)
+    assert "KeyboardInterrupt" in told[1]
+    assert time.monotonic() - stopped < 3, "a whole shard would take half a minute"
+    hub.pause_seconds = 0
+    assert client(NAME, "fetch", hub=hub)["fetched"]["complete"]
 
 
 def test_a_repository_without_safetensors_is_said_to_have_none_and_what_it_has(hub, client, repository):
