@@ -10,6 +10,7 @@ torch is imported by `Plan.load`, not by this module.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -85,6 +86,8 @@ def load(
 
 def _load(plan: Plan, progress: Callable[[int, int], None] | None) -> Model:
     """fetch → build on meta → read and place → tokenizer → model."""
+    # torch reads this at its first allocation: large buffers in huge pages are touched several times faster
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     import torch
 
     from modelrig.generation.tokenizer import Tokenizer
@@ -95,7 +98,9 @@ def _load(plan: Plan, progress: Callable[[int, int], None] | None) -> Model:
     dtype, device = getattr(torch, plan.dtype), torch.device(plan.device)
     parts = {kind: choice.registered.implementation() for kind, choice in plan.choices.items()}
     snapshot, catalog = fetch(plan.snapshot, plan.catalog, parts["sources"], plan.choices["formats"].registered.planner(), progress)
-    context = BuildContext(parts["attention"](plan.choices["attention"].options), parts["quantizers"], dtype)
+    for kind in ("attention", "quantizers"):  # these two have one object per model
+        parts[kind] = parts[kind](plan.choices[kind].options)
+    context = BuildContext(parts["attention"], parts["quantizers"], dtype)
     module = parts["architectures"].build(plan.facts, context)
     report = materialise(
         module, plan.facts, catalog, parts["formats"], parts["quantizers"], dtype=dtype, device=device, progress=progress

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import weakref
 from functools import cache
 from pathlib import Path
 
@@ -35,6 +36,7 @@ class TensorFileReader:
             if status.st_size and not is_on_network(file.path):
                 self.mapping = mmap.mmap(descriptor, status.st_size, access=mmap.ACCESS_COPY)
                 self.data = torch.frombuffer(self.mapping, dtype=torch.uint8)
+                _mappings[self.data.data_ptr()] = self.mapping
             else:
                 self.descriptor = os.dup(descriptor)
 
@@ -53,12 +55,8 @@ class TensorFileReader:
 
     def release(self, entry: TensorEntry) -> None:
         """Drop the pages of a tensor that has been copied elsewhere from this process's memory."""
-        if self.mapping is None:
-            return
-        first = -(-entry.offset // mmap.PAGESIZE) * mmap.PAGESIZE
-        last = (entry.offset + entry.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
-        if last > first:
-            self.mapping.madvise(mmap.MADV_DONTNEED, first, last - first)
+        if self.mapping is not None:
+            _drop(self.mapping, entry.offset, entry.nbytes)
 
     def check_unchanged(self) -> None:
         """Raise `FileError` (IO-CHANGED) if the file is no longer what it was when it was catalogued."""
@@ -73,6 +71,29 @@ class TensorFileReader:
             self.descriptor = -1
         self.mapping = None
         self.data = torch.empty(0, dtype=torch.uint8)
+
+
+#: address → mapping, for those that tensors still view
+_mappings: weakref.WeakValueDictionary[int, mmap.mmap] = weakref.WeakValueDictionary()
+
+
+def drop_pages(tensor: Tensor) -> None:
+    """Drop the memory pages behind a view of a mapped file; its next use reads them again. Does nothing for any other tensor, or for
+    one that was written to, whose pages exist only in memory."""
+    if tensor._version or not tensor.is_contiguous():
+        return
+    address = tensor.data_ptr()
+    for start, mapping in _mappings.items():
+        if start <= address < start + len(mapping):
+            _drop(mapping, address - start, tensor.nbytes)
+
+
+def _drop(mapping: mmap.mmap, offset: int, size: int) -> None:
+    """Drop the whole pages inside [offset, offset + size); those at the edges belong to neighbours too."""
+    first = -(-offset // mmap.PAGESIZE) * mmap.PAGESIZE
+    last = (offset + size) // mmap.PAGESIZE * mmap.PAGESIZE
+    if last > first:
+        mapping.madvise(mmap.MADV_DONTNEED, first, last - first)
 
 
 def _changed(file: TensorFile) -> FileError:

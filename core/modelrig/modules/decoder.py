@@ -3,8 +3,8 @@
 Module and parameter names are Hugging Face's, so a checkpoint's names need no mapping. A family composes or subclasses these;
 it does not copy them.
 
-Hidden states are flat: x is [b * t, hidden], or [hidden] when the step has a single token, so that the hot path of decoding is
-matrix times vector with no reshaping around it. Shapes: b batch, t tokens of this step, h heads, d head_dim, s slots.
+Hidden states are flat: x is [b * t, hidden], or [hidden] for a step of a single token where the linear kernels want a vector, so
+that the hot path of decoding has no reshaping around its products. Shapes: b batch, t tokens of this step, h heads, d head_dim, s slots.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Attention(nn.Module):
         v = heads_first(self.v_proj(x), b, t, spec.num_key_value_heads, spec.value_dim)
         keys, values = layer.update(apply_rotary(k, cos, sin), v, slots)
         y = self.attend(apply_rotary(q, cos, sin), keys, values, mask, spec)  # [b, t, h * d]
-        return self.o_proj(y.view(-1) if b * t == 1 else y.view(b * t, -1))
+        return self.o_proj(y.view(x.shape[:-1] + y.shape[-1:]))
 
 
 def heads_first(x: Tensor, b: int, t: int, heads: int, dim: int) -> Tensor:
@@ -110,12 +110,13 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(blocks)
         self.norm = RMSNorm(hidden, epsilon, context.dtype)
         self.rotary = Rotary(rope, context.dtype)
+        self.vector = context.linear.vector
         self.prepare = context.attention.prepare
         self.specs = tuple(dict.fromkeys(specs))  # distinct ones, in order of appearance
         self.mask_of_layer = tuple(self.specs.index(spec) for spec in specs)
 
     def forward(self, ids: Tensor, slots: Slots) -> Tensor:  # ids: [b, t] -> [b * t, hidden] or [hidden]
-        x = self.embed_tokens(ids.view(()) if ids.numel() == 1 else ids.reshape(-1))
+        x = self.embed_tokens(ids.view(()) if self.vector and ids.numel() == 1 else ids.reshape(-1))
         cos, sin = self.rotary(slots.positions)
         masks = [self.prepare(spec, slots.visible(spec)) for spec in self.specs]
         for block, mask, layer in zip(self.layers, self.mask_of_layer, slots.layers, strict=True):

@@ -25,7 +25,7 @@ class Linear(nn.Module):
         self.kernel = None
 
     def bind(self, maker: LinearMaker) -> None:
-        self.kernel = maker.make_linear(self.weight.data, None if self.bias is None else self.bias.data)
+        self.kernel = maker.make_linear(self.weight, self.bias)
 
     def forward(self, x: Tensor) -> Tensor:  # x: [..., in] -> [..., out]
         if self.kernel is None:

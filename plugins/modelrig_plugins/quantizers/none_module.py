@@ -1,4 +1,10 @@
-"""The plain linear kernels: which one multiplies a dense weight is decided once, when it is bound."""
+"""The plain linear kernels, and which of them multiplies a dense weight on this machine.
+
+Decoding one token reads every weight once, so a kernel is as good as the bandwidth it reaches. `F.linear` rearranges a 16-bit
+weight in every call; where oneDNN has bfloat16 instructions but no tiles, keeping the rearranged copy makes a step up to twice as
+fast, with equal bits (benchmarks/LOG.md, docs/decisions/0005). Rearranging costs about as much as 25 steps save, so it happens
+while decoding goes on, a part in each step, and not for a model that is asked for a few tokens.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +14,75 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from modelrig.loading.transport import drop_pages
+from modelrig_plugins.quantizers.none import NoneOptions
+
+PATIENCE = 8  # single-token calls before a weight may be packed
+SPREAD = 24  # steps over which the weights of a model are packed
+
 
 class DenseLinear:
-    @staticmethod
-    def make_linear(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-        """A single token on CPU is a matrix-vector product: `torch.mv` reads 16-bit weights faster there (benchmarks/LOG.md)."""
-        if weight.device.type != "cpu":
-            return lambda x: F.linear(x, weight, bias)
+    """Makes the kernels of one model.
 
-        def linear(x: Tensor) -> Tensor:  # x: [tokens, in] or [in]
-            if x.dim() > 1:
-                return F.linear(x, weight, bias)
-            return torch.mv(weight, x) if bias is None else torch.addmv(bias, weight, x)
+    Attributes:
+        vector: single tokens come as [in] rather than [1, in], because `torch.mv` is what multiplies them.
+    """
 
-        return linear
+    def __init__(self, options: NoneOptions) -> None:
+        self.kernel = options.kernel if options.kernel != "auto" else fastest_kernel()
+        self.vector = self.kernel == "mv"
+        self.made = 0  # kernels, so that packing can be spread over them
+
+    def make_linear(self, weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+        if weight.device.type == "cpu" and self.kernel == "packed" and weight.dtype == torch.bfloat16:
+            self.made += 1
+            return PackedLinear(weight, bias, self, self.made)
+        if weight.device.type == "cpu" and self.vector:
+            return _mv(weight, bias)
+        return lambda x: F.linear(x, weight, bias)
+
+
+def fastest_kernel() -> str:
+    """By the instructions of this CPU, as measured on machines of each sort (benchmarks/LOG.md)."""
+    if not torch.backends.mkldnn.is_available():
+        return "mv"
+    if torch.cpu._is_amx_tile_supported():
+        return "mv"
+    return "packed" if torch.cpu._is_avx512_bf16_supported() else "mv"
+
+
+def _mv(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    def linear(x: Tensor) -> Tensor:  # x: [tokens, in] or [in]
+        if x.dim() > 1:
+            return F.linear(x, weight, bias)
+        return torch.mv(weight, x) if bias is None else torch.addmv(bias, weight, x)
+
+    return linear
+
+
+class PackedLinear:
+    """`F.linear` until its turn comes; from then on oneDNN's kernel on a packed copy of the weight, bit for bit the same."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, model: DenseLinear, number: int) -> None:
+        self.weight, self.bias, self.model, self.number = weight, bias, model, number
+        self.packed: Tensor | None = None
+        self.version = weight._version
+        self.calls = 0
+
+    def __call__(self, x: Tensor) -> Tensor:  # x: [tokens, in]
+        if torch.compiler.is_compiling():
+            return F.linear(x, self.weight, self.bias)
+        if self.version != self.weight._version:  # someone wrote to the weight
+            self.packed = None
+        if self.packed is None:
+            if x.shape[0] == 1:
+                self.calls += 1
+            if self.calls <= PATIENCE + SPREAD * self.number // self.model.made:
+                return F.linear(x, self.weight, self.bias)
+            self._pack()
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+
+    def _pack(self) -> None:
+        self.version, self.calls = self.weight._version, 0
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, 1)
+        drop_pages(self.weight)
