@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -36,6 +35,7 @@ from modelrig.registry import PluginRow, Registered, Registry
 CPU = frozenset({"cpu"})
 MASKS = frozenset({"causal", "padding"})
 OURS = "modelrig"
+MADE_UP: dict[str, str] = {"summary": "made up", "implementation": "rigs:none"}
 
 
 # ------------------------------------------------------------------------------------------------ planners
@@ -84,16 +84,19 @@ def attention(name: str = "plain", *, planner: str = "rigs:Plain", **given: Any)
     names = {field.name for field in attrs.fields(AttentionCapabilities)}
     stated = {"devices": CPU, "dtypes": FLOATING, "masks": MASKS} | {key: given.pop(key) for key in names & given.keys()}
     return AttentionBackend(
-        name=name, summary="", planner=planner, implementation="rigs:none", capabilities=AttentionCapabilities(**stated), **given
+        name=name,
+        summary="made up",
+        planner=planner,
+        implementation="rigs:none",
+        capabilities=AttentionCapabilities(**stated),
+        **given,
     )
 
 
 def cache(name: str = "plain", *, planner: str = "rigs:Plain", **given: Any) -> CacheImplementation:
     names = {field.name for field in attrs.fields(CacheCapabilities)}
     stated = {"devices": CPU, "dtypes": FLOATING, "layers": {"full"}} | {key: given.pop(key) for key in names & given.keys()}
-    return CacheImplementation(
-        name=name, summary="", planner=planner, implementation="rigs:none", capabilities=CacheCapabilities(**stated), **given
-    )
+    return CacheImplementation(name=name, planner=planner, **MADE_UP, capabilities=CacheCapabilities(**stated), **given)
 
 
 def quantizer(name: str = "none", *, planner: str = "rigs:Plain", **given: Any) -> Quantizer:
@@ -101,18 +104,23 @@ def quantizer(name: str = "none", *, planner: str = "rigs:Plain", **given: Any) 
     stated: dict[str, Any] = {"devices": CPU, "dtypes": FLOATING, "reads": {"none"}, "lossless": name == "none"}
     stated |= {key: given.pop(key) for key in names & given.keys()}
     return Quantizer(
-        name=name, summary="", planner=planner, implementation="rigs:none", capabilities=QuantizerCapabilities(**stated), **given
+        name=name,
+        summary="made up",
+        planner=planner,
+        implementation="rigs:none",
+        capabilities=QuantizerCapabilities(**stated),
+        **given,
     )
 
 
 def decoder(name: str = "greedy", *, samples: bool = False, batched: bool = True, **given: Any) -> Decoder:
     capabilities = DecoderCapabilities(samples=samples, batched=batched)
-    return Decoder(name=name, summary="", planner="rigs:Plain", implementation="rigs:none", capabilities=capabilities, **given)
+    return Decoder(name=name, planner="rigs:Plain", **MADE_UP, capabilities=capabilities, **given)
 
 
 def compiler(name: str = "none", *, devices: Iterable[str] = CPU, **given: Any) -> Compiler:
     capabilities = CompilerCapabilities(devices=devices)
-    return Compiler(name=name, summary="", planner="rigs:Plain", implementation="rigs:none", capabilities=capabilities, **given)
+    return Compiler(name=name, planner="rigs:Plain", **MADE_UP, capabilities=capabilities, **given)
 
 
 def house() -> tuple[Component, ...]:
@@ -159,7 +167,7 @@ def spec(**changes: Any) -> AttentionSpec:
 
 
 def facts(*layers: AttentionSpec, **changes: Any) -> ModelFacts:
-    layers = layers or (spec(), spec())
+    layers = changes.pop("layers", layers or (spec(), spec()))
     parameters = [Parameter("embed", (100, 64), "embedding", "embed")]
     parameters += [Parameter(f"layers.{i}.up", (128, 64), "linear", f"layers.{i}.up", i) for i in range(len(layers))]
     parameters += [Parameter("head", (100, 64), "head", None)]
@@ -200,7 +208,3 @@ def machine(available: int = 16 << 30, *gpus: Gpu, **changes: Any) -> Environmen
     memory = Memory(total_bytes=32 << 30, available_bytes=available)
     usual: dict[str, Any] = {"memory": memory, "gpus": gpus, "torch": "2.13.0", "torch_cuda": bool(gpus)}
     return Environment(**(usual | changes))
-
-
-def numbered(prefix: str) -> Iterable[str]:
-    return (f"{prefix}{number}" for number in itertools.count())

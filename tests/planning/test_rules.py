@@ -6,12 +6,12 @@ from typing import Any
 
 import attrs
 import pytest
-import rigs
-from rigs import situation, spec
 
+import rigs
 from modelrig.components import Range
 from modelrig.planning.needs import NEEDS, Situation, decoder_need, stored_scheme
 from modelrig.planning.rules import RULES, link_reasons, unary_reasons, unknown_links
+from rigs import situation, spec
 
 WINDOW = situation(spec(window=8))
 CASES: list[tuple[str, Any, dict[str, Any], dict[str, Any], Situation]] = [

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -224,9 +224,9 @@ def _only(claims: list[Identified], what: str) -> Identified:
 
 def _ask(registered: Registered, method: str, *arguments: Any) -> Any:
     """Call the planner; whatever it raises beside our errors becomes a `PluginError` (PL-CONTRACT)."""
-    call: Callable[..., Any] = getattr(registered.planner(), method)
+    planner = registered.planner()
     try:
-        return call(*arguments)
+        return getattr(planner, method)(*arguments)
     except (ModelrigError, MemoryError):
         raise
     except Exception as error:

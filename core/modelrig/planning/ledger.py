@@ -93,13 +93,13 @@ def weigh(facts: ModelFacts, catalog: Catalog, quantizer: Any, options: Any, dty
         if parameter.stored_as is None:
             continue
         entry = entries.get(parameter.stored_as)
+        size, into, beside = (bits * math.prod(parameter.shape) + 7) // 8, dtype, 0
         if parameter.role in QUANTIZED_ROLES and len(parameter.shape) == 2:
             specs = outputs(parameter, dtype, options)
-            size = sum(spec.nbytes for spec in specs)
-            stays = len(specs) == 1 and specs[0].suffix == "" and specs[0].shape == parameter.shape
-            into = specs[0].dtype if stays else None
-        else:
-            size, into = (bits * math.prod(parameter.shape) + 7) // 8, dtype
+            kept = next((spec for spec in specs if spec.suffix == "" and spec.shape == parameter.shape), None)
+            size, into = (0, "") if kept is None else (kept.nbytes, kept.dtype)
+            beside = sum(spec.nbytes for spec in specs if spec is not kept)
+        allocated += beside
         if on_cpu and entry is not None and _is_view(entry, into, parameter):
             mapped += size
         else:
@@ -108,7 +108,7 @@ def weigh(facts: ModelFacts, catalog: Catalog, quantizer: Any, options: Any, dty
     return Weights(mapped=mapped, allocated=allocated, staging=staging)
 
 
-def _is_view(entry: TensorEntry, dtype: str | None, parameter: Parameter) -> bool:
+def _is_view(entry: TensorEntry, dtype: str, parameter: Parameter) -> bool:
     """Whether the stored bytes serve as they are: same dtype and shape, at an address the dtype allows."""
     return entry.dtype == dtype and entry.shape == parameter.shape and entry.offset % max(1, DTYPE_BITS[entry.dtype] // 8) == 0
 

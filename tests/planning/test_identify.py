@@ -1,0 +1,227 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import rigs
+from modelrig.components import Architecture, Catalog, Format, Snapshot, Source
+from modelrig.errors import CodeRefused, ConfigError, ModelrigError, PluginError, RequestError, SourceError
+from modelrig.planning.identify import (
+    catalog,
+    check_reference,
+    config_notes,
+    describe,
+    identify_architecture,
+    read_config,
+    read_eos_ids,
+    resolve,
+)
+from modelrig.registry import Registry, current
+
+
+class Claims:
+    @staticmethod
+    def claims(subject: Any) -> str | None:
+        return "everything"
+
+    @staticmethod
+    def resolve(reference: str) -> Snapshot:
+        raise ZeroDivisionError("a bug")
+
+    @staticmethod
+    def names() -> list[str]:
+        return ["a-model"]
+
+
+class Silent(Claims):
+    @staticmethod
+    def claims(subject: Any) -> str | None:
+        return None
+
+
+class Fails(Silent):
+    @staticmethod
+    def claims(subject: Any) -> str | None:
+        raise RuntimeError("no service")
+
+
+rigs.Claims, rigs.Silent, rigs.FailsToClaim = Claims, Silent, Fails  # type: ignore[attr-defined]
+
+
+def source(name: str, planner: str) -> Source:
+    return Source(name=name, summary=f"the {name} source", planner=f"rigs:{planner}", implementation="rigs:none")
+
+
+def format_(name: str, planner: str) -> Format:
+    return Format(name=name, summary="", planner=f"rigs:{planner}", implementation="rigs:none")
+
+
+def refused(call: Callable[..., Any], *arguments: Any) -> ModelrigError:
+    with pytest.raises(ModelrigError) as caught:
+        call(*arguments)
+    return caught.value
+
+
+# ------------------------------------------------------------------------------------------------ sources
+
+
+def test_a_folder_is_resolved_by_the_one_source_that_claims_it(llama_folder: Path) -> None:
+    found, snapshot = resolve(str(llama_folder), current())
+    assert ("local", llama_folder) == (found.registered.name, snapshot.root)
+
+
+def test_a_reference_nobody_claims_names_what_was_tried_and_the_nearest() -> None:
+    error = refused(resolve, "a-modle", rigs.registry(source("shop", "Silent"), source("down", "FailsToClaim")))
+    assert (SourceError, "SR-UNKNOWN") == (type(error), error.code)
+    for part in ("did you mean 'a-model'", "modelrig:down could not be asked, failed: RuntimeError: no service"):
+        assert part in error.reason
+    assert "shop: the shop source" in str(error.hint)
+
+
+def test_the_nearest_path_is_suggested(tmp_path: Path) -> None:
+    (tmp_path / "my-model").mkdir()
+    error = refused(resolve, f"{tmp_path}/my-modle", rigs.registry(source("shop", "Silent")))
+    assert f"did you mean '{tmp_path}/my-model'" in error.reason
+
+
+def test_two_claims_are_an_error_that_names_both() -> None:
+    error = refused(resolve, "x", rigs.registry(source("one", "Claims"), source("two", "Claims")))
+    assert "SR-CLAIMS" == error.code
+    assert "modelrig:one (everything); modelrig:two (everything)" in error.reason
+
+
+def test_a_source_that_fails_to_resolve_is_a_plugin_error() -> None:
+    error = refused(resolve, "x", rigs.registry(source("one", "Claims")))
+    assert (PluginError, "PL-CONTRACT") == (type(error), error.code)
+    assert "ZeroDivisionError: a bug" in error.reason
+
+
+def test_a_source_that_is_not_usable_is_told_with_its_reason() -> None:
+    error = refused(resolve, "x", rigs.registry(source("cloud", "Claims"), cloud=("unavailable", "needs cloudlib")))
+    assert "modelrig:cloud could not be asked, unavailable: needs cloudlib" in error.reason
+
+
+@pytest.mark.parametrize("reference", ["", "a\0b", 7, None, b"x"])
+def test_what_can_be_no_reference_is_an_error_of_the_request(reference: Any) -> None:
+    error = refused(check_reference, reference)
+    assert (RequestError, "RQ-VALUE") == (type(error), error.code)
+
+
+def test_a_path_serves_as_a_reference(tmp_path: Path) -> None:
+    assert str(tmp_path) == check_reference(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------ formats
+
+
+def test_a_folder_no_format_reads_says_what_is_there(tmp_path: Path) -> None:
+    for name in ("model.gguf", "pytorch_model.bin", "README.md"):
+        (tmp_path / name).touch()
+    error = refused(catalog, Snapshot(reference="x", root=tmp_path, source="local"), rigs.registry(format_("one", "Silent")))
+    assert ("SR-FORMAT", str(tmp_path)) == (error.code, error.path)
+    assert "'model.gguf', 'pytorch_model.bin'); installed: one" in error.reason
+
+
+def test_a_folder_without_tensor_files_says_so(tmp_path: Path) -> None:
+    error = refused(catalog, Snapshot(reference="x", root=tmp_path, source="local"), current())
+    assert "no tensor files" in error.reason
+
+
+# ------------------------------------------------------------------------------------------------ architectures
+
+
+def architectures(**model_types: set[str]) -> Registry:
+    made = [
+        Architecture(name=name, summary="", planner="rigs:Plain", implementation="rigs:none", model_types=types)
+        for name, types in model_types.items()
+    ]
+    return rigs.registry(*made)
+
+
+CONFIG = Path("config.json")
+
+
+def test_the_architecture_is_the_one_that_lists_the_model_type() -> None:
+    found = identify_architecture({"model_type": "b"}, CONFIG, architectures(one={"a"}, two={"b", "c"}))
+    assert ("two", "model_type 'b' in config.json") == (found.registered.name, found.why)
+
+
+@pytest.mark.parametrize(
+    ("config", "kind", "code", "locus"),
+    [
+        ({"model_type": "lama"}, ConfigError, "CF-ARCH", "model_type"),
+        ({}, ConfigError, "CF-MISSING", "model_type"),
+        ({"model_type": 7}, ConfigError, "CF-TYPE", "model_type"),
+        ({"model_type": "own", "auto_map": {"AutoModel": "x.Y"}}, CodeRefused, "CR-CODE", "auto_map"),
+    ],
+)
+def test_a_config_nobody_implements_is_one_typed_error(config: dict[str, Any], kind: type, code: str, locus: str) -> None:
+    error = refused(identify_architecture, config, CONFIG, architectures(one={"llama"}))
+    assert (kind, code, locus, "config.json") == (type(error), error.code, error.locus, error.path)
+
+
+def test_an_unknown_model_type_is_told_with_the_nearest_and_with_who_would_serve_it() -> None:
+    made = Architecture(name="mamba", summary="", planner="rigs:Plain", implementation="rigs:none", model_types={"mamba"})
+    registry = rigs.registry(made, mamba=("unavailable", "needs mamba-ssm"))
+    assert "did you mean 'mamba'" in refused(identify_architecture, {"model_type": "mambo"}, CONFIG, registry).reason
+    assert "unavailable: needs mamba-ssm" in refused(identify_architecture, {"model_type": "mamba"}, CONFIG, registry).reason
+
+
+def test_code_of_the_checkpoint_is_ignored_and_noted_when_the_architecture_is_known() -> None:
+    config = {"model_type": "llama", "auto_map": {"AutoModel": "x.Y"}, "architectures": ["LlamaForCausalLM"]}
+    (note,) = config_notes(config, "llama")
+    assert "auto_map" in note
+
+
+@pytest.mark.parametrize(
+    ("model_type", "classes", "notes"),
+    [
+        ("llama", ["LlamaForCausalLM"], 0),
+        ("qwen2_moe", ["Qwen2MoeForCausalLM"], 0),
+        ("llama", ["MistralForCausalLM"], 1),
+        ("llama", "nonsense", 0),
+        ("llama", [3], 0),
+    ],
+)
+def test_a_class_of_another_family_is_noted(model_type: str, classes: Any, notes: int) -> None:
+    assert notes == len(config_notes({"model_type": model_type, "architectures": classes}, "x"))
+
+
+def test_a_planner_that_fails_to_describe_is_a_plugin_error() -> None:
+    error = refused(describe, {"model_type": "a"}, CONFIG, Catalog(format="x", files=(), entries={}), architectures(one={"a"}))
+    assert "PL-CONTRACT" == error.code
+
+
+# ------------------------------------------------------------------------------------------------ ends of texts
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "ids"),
+    [
+        ({"eos_token_id": 2}, None, (2,)),
+        ({"eos_token_id": [2, 3]}, {"eos_token_id": 5}, (5,)),
+        ({"eos_token_id": 2}, {"eos_token_id": None}, (2,)),
+        ({"eos_token_id": -1}, None, ()),
+        ({}, {}, ()),
+    ],
+)
+def test_ids_that_end_a_text_come_from_the_generation_config_first(
+    tmp_path: Path, config: dict[str, Any], generation: dict[str, Any] | None, ids: tuple[int, ...]
+) -> None:
+    if generation is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    assert ids == read_eos_ids(config, Snapshot(reference="x", root=tmp_path, source="local"))
+
+
+def test_an_id_that_is_none_is_one_typed_error(tmp_path: Path) -> None:
+    error = refused(read_eos_ids, {"eos_token_id": "</s>"}, Snapshot(reference="x", root=tmp_path, source="local"))
+    assert ("CF-TYPE", "eos_token_id") == (error.code, error.locus)
+
+
+def test_a_folder_without_a_config_is_one_typed_error(tmp_path: Path) -> None:
+    error = refused(read_config, Snapshot(reference="x", root=tmp_path, source="local"))
+    assert ("CF-MISSING", str(tmp_path / "config.json")) == (error.code, error.path)
