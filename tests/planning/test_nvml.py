@@ -78,7 +78,7 @@ def test_gpus_are_numbered_as_torch_numbers_them(monkeypatch: pytest.MonkeyPatch
     assert "cuda:0" == busy.device
 
 
-def test_a_failing_call_means_no_gpus_and_ends_the_session(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_call_means_no_gpus_and_shuts_nvml_down(monkeypatch: pytest.MonkeyPatch) -> None:
     class Broken(FakeLibrary):
         def nvmlDeviceGetCount_v2(self, count: Any) -> int:
             return 999
