@@ -102,7 +102,14 @@ def main() -> None:
             table(
                 header,
                 [
-                    [name, row["first_token_seconds"], row["start_ratio"], row["tokens_per_second"], row["decode_ratio"], row["peak_mib"]]
+                    [
+                        name,
+                        row["first_token_seconds"],
+                        row["start_ratio"],
+                        row["tokens_per_second"],
+                        row["decode_ratio"],
+                        row["peak_mib"],
+                    ]
                     for name, row in measured.items()
                 ],
             )

@@ -18,7 +18,10 @@ from torch import Tensor
 
 from benchmarks.common import table, write
 
-SHAPES = ((2048, 2048), (256, 2048), (5632, 2048), (2048, 5632), (32000, 2048), (576, 576), (192, 576), (1536, 576), (576, 1536), (49152, 576))  # fmt: skip
+SHAPES = (
+    (2048, 2048), (256, 2048), (5632, 2048), (2048, 5632), (32000, 2048),
+    (576, 576), (192, 576), (1536, 576), (576, 1536), (49152, 576),
+)  # fmt: skip
 KERNELS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "F.linear [1, K]": lambda w, x: F.linear(x[None], w),
     "mv": torch.mv,
@@ -26,7 +29,9 @@ KERNELS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 POOL_BYTES = 1 << 30
 
 
-def gigabytes_per_second(kernel: Callable[[Tensor, Tensor], Tensor], rows: int, columns: int, dtype: torch.dtype, repeats: int) -> float:
+def gigabytes_per_second(
+    kernel: Callable[[Tensor, Tensor], Tensor], rows: int, columns: int, dtype: torch.dtype, repeats: int
+) -> float:
     count = max(2, min(64, POOL_BYTES // (rows * columns * dtype.itemsize)))
     pool = [torch.randn(rows, columns).to(dtype) for _ in range(count)]
     x = torch.randn(columns).to(dtype)

@@ -1,6 +1,6 @@
 """How fast are the things that must not import torch: `import modelrig`, `modelrig plugins`, `modelrig plan` of 100,000 tensors.
 
-    python -m benchmarks.planning [--repeats 7]
+python -m benchmarks.planning [--repeats 7]
 """
 
 from __future__ import annotations
@@ -14,16 +14,18 @@ from benchmarks.common import child, median, storage, table, write
 
 TENSORS, SHARDS = 100_000, 200
 
-IMPORT = "import sys, time, json; t = time.perf_counter(); import modelrig; t = time.perf_counter() - t; print(json.dumps({'inside': t, 'torch': 'torch' in sys.modules}))"
+IMPORT = """
+import sys, time, json
+started = time.perf_counter()
+import modelrig
+print(json.dumps({"inside": time.perf_counter() - started, "torch": "torch" in sys.modules}))
+"""
 COMMAND = """
 import sys, json, contextlib, io
 from modelrig.cli import main
 out = io.StringIO()
-try:
-    with contextlib.redirect_stdout(out):
-        main(sys.argv[1:])
-except SystemExit as end:
-    assert not end.code, end.code
+with contextlib.redirect_stdout(out):
+    assert main(sys.argv[1:]) == 0
 print(json.dumps({"torch": "torch" in sys.modules, "characters": len(out.getvalue())}))
 """
 NOTHING = "import json; print(json.dumps({}))"

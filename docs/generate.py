@@ -44,12 +44,13 @@ def components_page() -> str:
     registry: Registry = current()
     for kind in KINDS:
         rows = [
-            f"| `{found.descriptor.name}` | {found.descriptor.summary} | {_tokens(found.descriptor.offers)} | {_needs(found.descriptor.needs)} |"
-            for found in registry.components(kind)
-            if found.is_ours
+            f"| `{one.name}` | {one.summary} | {_tokens(one.offers)} | {_needs(one.needs)} |"
+            for one in (found.descriptor for found in registry.components(kind) if found.is_ours)
         ]
         described = inspect.getdoc(DESCRIPTORS[kind]).splitlines()[0]
-        parts.append(f"## {kind}\n\n{described}\n\n| name | what | offers | needs |\n| --- | --- | --- | --- |\n" + "\n".join(rows) + "\n")
+        parts.append(
+            f"## {kind}\n\n{described}\n\n| name | what | offers | needs |\n| --- | --- | --- | --- |\n" + "\n".join(rows) + "\n"
+        )
     return "\n".join(parts)
 
 
@@ -67,9 +68,9 @@ def generation_page() -> str:
         for field in attrs.fields(GenerateOptions)
     )
     return (
-        f"# Options of generate\n\n{NOTE}\n`model.generate`, `model.stream`, `session.generate` and `session.send` take them by name; "
-        "the command line with dashes (`--max-new-tokens`).\n\n| option | default | accepts | meaning |\n| --- | --- | --- | --- |\n"
-        f"{rows}\n"
+        f"# Options of generate\n\n{NOTE}\n`model.generate`, `model.stream`, `session.generate` and `session.send` take them by "
+        "name; the command line with dashes (`--max-new-tokens`).\n\n"
+        f"| option | default | accepts | meaning |\n| --- | --- | --- | --- |\n{rows}\n"
     )
 
 

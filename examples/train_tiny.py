@@ -35,7 +35,17 @@ HELD_OUT = (
     "importlib/metadata/__init__.py", "json/decoder.py", "logging/handlers.py", "multiprocessing/pool.py", "queue.py",
     "shlex.py", "statistics.py", "textwrap.py", "unittest/case.py", "urllib/parse.py", "zipfile.py",
 )  # fmt: skip
-SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "pydoc_data", "encodings", "__pycache__"}
+SKIPPED_FOLDERS = {
+    "site-packages",
+    "dist-packages",
+    "test",
+    "tests",
+    "idle_test",
+    "lib2to3",
+    "pydoc_data",
+    "encodings",
+    "__pycache__",
+}
 
 END_OF_TEXT = "<|endoftext|>"
 VOCAB, HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, FFN = 2048, 256, 3, 4, 1, 64, 384
@@ -198,8 +208,9 @@ def evaluate(model: nn.Module, tokenizer: Tokenizer, texts: dict[str, str]) -> d
 def names_on_disk(model: nn.Module) -> dict[str, Tensor]:
     """This file's parameter names as Hugging Face's llama spells them, in bfloat16."""
     spelling = {
-        "norm_attention": "input_layernorm", "norm_mlp": "post_attention_layernorm", "q": "self_attn.q_proj", "k": "self_attn.k_proj",
-        "v": "self_attn.v_proj", "o": "self_attn.o_proj", "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj",
+        "norm_attention": "input_layernorm", "norm_mlp": "post_attention_layernorm", "q": "self_attn.q_proj",
+        "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj", "gate": "mlp.gate_proj", "up": "mlp.up_proj",
+        "down": "mlp.down_proj",
     }  # fmt: skip
     renamed = {}
     for name, parameter in model.named_parameters():
@@ -227,7 +238,10 @@ def write(out: Path, model: nn.Module, tokenizer: Tokenizer, card: dict) -> None
     dump = lambda name, value: (out / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")  # noqa: E731
     dump("config.json", config)
     dump("generation_config.json", {"eos_token_id": 0})
-    dump("tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_OF_TEXT, "model_max_length": CONTEXT})
+    dump(
+        "tokenizer_config.json",
+        {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_OF_TEXT, "model_max_length": CONTEXT},
+    )
     (out / "tokenizer.json").write_text(json.dumps(json.loads(tokenizer.to_str()), ensure_ascii=False) + "\n", encoding="utf-8")
     (out / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
     rows = "\n".join(f"| {key.replace('_', ' ')} | {value} |" for key, value in card.items())
@@ -289,7 +303,8 @@ def main() -> None:
     figures = evaluate(model, tokenizer, held_out)
     card = {
         "parameters": sum(p.numel() for p in model.parameters()),
-        "data": f"CPython {platform.python_version()} standard library, {len(texts)} files, {sum(len(t.encode()) for t in texts):,} bytes",
+        "data": f"CPython {platform.python_version()} standard library, {len(texts)} files, "
+        f"{sum(len(t.encode()) for t in texts):,} bytes",
         "held_out_modules": len(held_out),
         "training_tokens_per_epoch": len(stream),
         "epochs": f"{arguments.epochs[0]} of {STAGES[0][0]} tokens, {arguments.epochs[1]} of {STAGES[1][0]} tokens",

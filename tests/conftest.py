@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from checkpoints import write_llama
+
 
 @pytest.fixture(autouse=True)
 def quiet_surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -34,7 +36,7 @@ def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def edited_checkpoint(llama_folder: Path, tmp_path: Path) -> Callable[..., Path]:
-    """`edited_checkpoint(key=value, ...)`: a copy of the tiny checkpoint with config keys changed, or removed where the value is ..."""
+    """`edited_checkpoint(key=value)`: a copy of the tiny checkpoint with config keys changed, or removed where the value is ..."""
 
     def edit(**changes: Any) -> Path:
         for file in llama_folder.iterdir():

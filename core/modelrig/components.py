@@ -331,7 +331,7 @@ class FormatPlanner(Protocol):
 
 class FormatReader(Protocol):
     def decode(self, data: Tensor, entry: TensorEntry) -> Tensor:
-        """`data` is uint8 [entry.nbytes], a view of the file; returns `entry.shape` of `entry.dtype`, a view where it can be one."""
+        """`data` is uint8 [entry.nbytes], a view of the file → `entry.shape` of `entry.dtype`, a view where it can be one."""
         ...
 
 

@@ -170,7 +170,7 @@ class TemplateError(CheckpointError):
     """The chat template is missing, wrong, or did more work than it may."""
 
 
-class CodeRefused(CheckpointError):
+class CodeRefused(CheckpointError):  # noqa: N818 - it names what happened
     """The checkpoint asks for code of its own to be run. Modelrig never does that."""
 
 
@@ -183,7 +183,9 @@ class PlanError(ModelrigError):
 
     exit_code = 3
 
-    def __init__(self, code: str, reason: str, *, refused: Mapping[str, Mapping[str, Sequence[Any]]] | None = None, **where: Any) -> None:
+    def __init__(
+        self, code: str, reason: str, *, refused: Mapping[str, Mapping[str, Sequence[Any]]] | None = None, **where: Any
+    ) -> None:
         self.refused = {kind: dict(rows) for kind, rows in (refused or {}).items()}
         super().__init__(code, reason, **where)
 
@@ -245,7 +247,7 @@ CODES: dict[str, str] = {
     "GN-CONTEXT": "prompt and new tokens do not fit into the planned context",
     "GN-TOKENIZER": "text was given, or asked for, but the model has no tokenizer",
     "GN-NAN": "the model's logits are not finite",
-    # checkpoints: place and files
+    # where checkpoints are, and their files
     "SR-UNKNOWN": "no source recognises the model reference",
     "SR-CLAIMS": "several sources, formats or architectures claim the same input",
     "SR-FORMAT": "no installed format reads the tensor files that are there, or there are none",

@@ -16,12 +16,12 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from modelrig.errors import CacheError, GenerateError, LoadError, PluginError, ResourceLimitError
+from modelrig.components import Decoder
+from modelrig.errors import CacheError, GenerateError, LoadError, ResourceLimitError
 from modelrig.planning.pipeline import make_plan
 from modelrig.planning.plan import RigPlan
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor, nn
 
     from modelrig.components import Cache
@@ -141,7 +141,10 @@ class Model:
 
     @property
     def step(self) -> Callable[..., Tensor]:
-        """`step(ids, slots, last_only=False)`: ids int64 [batch, tokens] at the place `cache.begin` gave → logits. What is compiled."""
+        """`step(ids, slots, last_only=False)`: ids int64 [batch, tokens] at the place `cache.begin` gave → logits.
+
+        This is what compilers compile.
+        """
         if self._module is None:
             raise LoadError("LD-CLOSED", "the model was closed")
         return self._step
@@ -291,7 +294,9 @@ class Model:
         rows = [prompt for prompt in prompts for _ in range(copies)]
         longest = max(map(len, rows))
         padding = [longest - len(row) for row in rows]
-        limit = self._limit(longest, 0 if cache is None else cache.length, self.plan.context if cache is None else cache.capacity, options)
+        limit = self._limit(
+            longest, 0 if cache is None else cache.length, self.plan.context if cache is None else cache.capacity, options
+        )
         borrowed = None
         if cache is None:
             cache = borrowed = self._borrow(len(rows), longest + limit, padding)
@@ -344,10 +349,14 @@ class Model:
 
         choice = self.plan.choices["decoders"]
         maker = self._parts["decoders"]
-        if not options.is_greedy and not choice.registered.descriptor.capabilities.samples:
+        descriptor = choice.registered.descriptor
+        assert isinstance(descriptor, Decoder)
+        if not options.is_greedy and not descriptor.capabilities.samples:
             sampling = self.plan.decoder_when_sampling
             if sampling is None:
-                raise GenerateError("GN-ARGS", f"the decoder {choice.name} does not sample", locus="temperature", hint="plan with decoder='auto'")
+                raise GenerateError(
+                    "GN-ARGS", f"the decoder {choice.name} does not sample", locus="temperature", hint="plan with decoder='auto'"
+                )
             choice = sampling
             maker = self._parts.setdefault("decoder_when_sampling", sampling.registered.implementation())
         return Run(self._engine(), maker, cache, rows, histories, options, limit, choice.options)
@@ -375,7 +384,7 @@ class Model:
     # ------------------------------------------------------------------------------------------ caches between calls
 
     def _borrow(self, batch: int, needed: int, padding: Sequence[int]) -> Cache:
-        """The idle cache if it serves, else a new one: of the planned length, or just long enough for a larger batch than planned."""
+        """The idle cache if it serves, else a new one: of the planned length, or for more rows just long enough."""
         idle = self._idle.pop() if self._idle else None
         if idle is not None and idle.batch == batch and idle.capacity >= needed - 1:
             idle.reset(padding)
@@ -391,7 +400,9 @@ class Model:
                 f"{batch} rows of {needed} tokens need a cache of {bytes_needed:,} bytes; {available:,} are available",
                 hint=f"the plan was made for a batch of {self.plan.batch}: give fewer prompts at a time",
             )
-        logger.info("a batch of %d is more than the planned %d: allocating a cache of %s bytes", batch, self.plan.batch, f"{bytes_needed:,}")
+        logger.info(
+            "a batch of %d is more than the planned %d: allocating a cache of %s bytes", batch, self.plan.batch, f"{bytes_needed:,}"
+        )
         return self.new_cache(batch, needed, padding)
 
     def _give_back(self, cache: Cache) -> None:

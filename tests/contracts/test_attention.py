@@ -24,7 +24,7 @@ def reference(q: Tensor, k: Tensor, v: Tensor, visible: Visibility, spec: Attent
     for row in range(b):
         start = 0 if visible.starts is None else int(visible.starts[row])
         for head in range(h):
-            for i, index in enumerate(visible.index.tolist()):
+            for i, index in enumerate(visible.query_index.tolist()):
                 seen = [
                     j
                     for j, key in enumerate(visible.key_index.tolist())
@@ -40,11 +40,21 @@ def reference(q: Tensor, k: Tensor, v: Tensor, visible: Visibility, spec: Attent
 
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 @pytest.mark.parametrize("name", BACKENDS)
-@pytest.mark.parametrize(("heads", "kv_heads", "dim", "value_dim"), [(6, 2, 10, 10), (3, 3, 17, 17), (4, 1, 64, 64), (4, 2, 12, 20)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "value_dim"), [(6, 2, 10, 10), (3, 3, 17, 17), (4, 1, 64, 64), (4, 2, 12, 20)]
+)
 @pytest.mark.parametrize(("past", "count"), [(0, 9), (9, 1), (9, 5)])
 @pytest.mark.parametrize("starts", [None, [0, 6, 2]])
 def test_causal_attention(
-    name: str, heads: int, kv_heads: int, dim: int, value_dim: int, past: int, count: int, starts: list[int] | None, dtype: torch.dtype
+    name: str,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    value_dim: int,
+    past: int,
+    count: int,
+    starts: list[int] | None,
+    dtype: torch.dtype,
 ) -> None:
     spec = AttentionSpec(heads, kv_heads, dim, value_dim, 1 / math.sqrt(dim))
     check(name, spec, past, count, starts, dtype)

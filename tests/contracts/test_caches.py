@@ -22,8 +22,11 @@ CACHES = ["dynamic", "static"]
 
 
 def make(name: str, batch: int = 2, capacity: int = 600, padding: list[int] | None = None) -> Any:
-    return current().find("caches", name).implementation().create(
-        LAYERS, batch=batch, capacity=capacity, dtype=torch.float32, device=CPU, padding=padding
+    return (
+        current()
+        .find("caches", name)
+        .implementation()
+        .create(LAYERS, batch=batch, capacity=capacity, dtype=torch.float32, device=CPU, padding=padding)
     )
 
 

@@ -48,8 +48,12 @@ def test_rotation_turns_pairs_by_position_times_frequency() -> None:
             for pair in range(3):
                 angle = positions[b, t].double() * 100.0 ** (-2 * pair / 6)
                 first, second = x[b, :, t, pair].double(), x[b, :, t, pair + 3].double()
-                torch.testing.assert_close(first * angle.cos() - second * angle.sin(), actual[b, :, t, pair].double(), rtol=0, atol=2e-5)
-                torch.testing.assert_close(second * angle.cos() + first * angle.sin(), actual[b, :, t, pair + 3].double(), rtol=0, atol=2e-5)
+                torch.testing.assert_close(
+                    first * angle.cos() - second * angle.sin(), actual[b, :, t, pair].double(), rtol=0, atol=2e-5
+                )
+                torch.testing.assert_close(
+                    second * angle.cos() + first * angle.sin(), actual[b, :, t, pair + 3].double(), rtol=0, atol=2e-5
+                )
 
 
 def test_dynamic_rotation_of_a_row_does_not_depend_on_the_rows_beside_it() -> None:
@@ -81,15 +85,10 @@ def naive_mask(visible: Visibility, batch: int) -> Tensor:
         rows.append(
             [
                 [
-                    q == k
-                    or (
-                        k >= start
-                        and (k <= q or not visible.causal)
-                        and (visible.window is None or q - k < visible.window)
-                    )
+                    q == k or (k >= start and (k <= q or not visible.causal) and (visible.window is None or q - k < visible.window))
                     for k in visible.key_index.tolist()
                 ]
-                for q in visible.index.tolist()
+                for q in visible.query_index.tolist()
             ]
         )
     return torch.tensor(rows)[:, None]
@@ -99,7 +98,9 @@ def naive_mask(visible: Visibility, batch: int) -> Tensor:
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(("past", "count"), [(0, 6), (5, 1), (5, 4)])
-def test_the_dense_mask_is_the_definition(starts: list[int] | None, window: int | None, causal: bool, past: int, count: int) -> None:
+def test_the_dense_mask_is_the_definition(
+    starts: list[int] | None, window: int | None, causal: bool, past: int, count: int
+) -> None:
     visible = Visibility(
         torch.arange(past, past + count),
         torch.arange(past + count),

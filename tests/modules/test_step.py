@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import write_llama
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import modelrig
+from checkpoints import write_llama
 
 MOST_OPERATIONS = 60  # dispatcher operations per layer and token
 

@@ -1,4 +1,4 @@
-"""A real third-party distribution: built into a wheel, installed beside ours in a clean environment, used, and broken on purpose."""
+"""A real third-party distribution: built, installed beside ours in a clean environment, used, and broken on purpose."""
 
 from __future__ import annotations
 

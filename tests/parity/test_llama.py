@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import write_llama
 
 import modelrig
+from checkpoints import write_llama
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "grouped heads": {},
@@ -20,10 +20,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "a key head for each query head": {"num_key_value_heads": 6},
     "tied embeddings": {"tie_word_embeddings": True},
     "head_dim 2, odd width": {"hidden_size": 35, "num_attention_heads": 5, "num_key_value_heads": 5, "head_dim": 2},
-    "head_dim 14 with odd head counts": {"hidden_size": 42, "num_attention_heads": 3, "num_key_value_heads": 3, "intermediate_size": 37},
+    "head_dim 14 with odd head counts": {
+        "hidden_size": 42, "num_attention_heads": 3, "num_key_value_heads": 3, "intermediate_size": 37,
+    },
     "wide heads": {"head_dim": 130, "num_attention_heads": 2, "num_key_value_heads": 1, "hidden_size": 50},
     "gelu": {"hidden_act": "gelu", "rms_norm_eps": 1e-3},
-    "gelu_pytorch_tanh, large theta": {"hidden_act": "gelu_pytorch_tanh", "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+    "gelu_pytorch_tanh, large theta": {
+        "hidden_act": "gelu_pytorch_tanh", "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
+    },
     "linear rope": {"rope_parameters": {"rope_type": "linear", "factor": 2.5, "rope_theta": 1e4}},
     "dynamic rope within its length": {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
     "llama3 rope": {
@@ -32,7 +36,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
             "original_max_position_embeddings": 20, "rope_theta": 5e5,
         }
     },
-    "yarn rope": {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 40, "rope_theta": 1e4}},
+    "yarn rope": {
+        "rope_parameters": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 40, "rope_theta": 1e4},
+    },
     "yarn rope with its own attention factor, not truncated": {
         "rope_parameters": {
             "rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 20, "rope_theta": 1e4, "attention_factor": 1.3,
@@ -120,9 +126,9 @@ def test_greedy_tokens_over_64_steps_alone_and_in_a_batch(pair: tuple[Any, Path]
     batch = model.generate(prompts, max_new_tokens=64)
     for prompt, row in zip(prompts, batch, strict=True):
         ids = torch.tensor([prompt])
-        expected = reference.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=64, do_sample=False, pad_token_id=0
-        )[0, len(prompt) :].tolist()
+        expected = reference.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=64, do_sample=False, pad_token_id=0)[
+            0, len(prompt) :
+        ].tolist()
         assert expected == list(row.tokens)
         assert expected == list(model.generate(prompt, max_new_tokens=64).tokens)
 

@@ -67,8 +67,10 @@ def read_rope(reader: ConfigReader, dim: int, max_positions: int) -> RopeSpec:
     if kind in TRAINED_LENGTH:
         outer = reader.integer("original_max_position_embeddings", low=1, high=2**40, default=max_positions)
         original = settings.integer("original_max_position_embeddings", low=1, high=2**40, default=outer)
-    default_factor = {} if kind != "yarn" or original is None else {"default": max_positions / max(original, 1)}
-    factor = settings.number("factor", low=1e-6, high=1e9, **default_factor)
+    if kind == "yarn" and original is not None and "factor" not in settings:
+        factor = max_positions / original
+    else:
+        factor = settings.number("factor", low=1e-6, high=1e9)
     low = high = 1.0
     if kind == "llama3":
         low = settings.number("low_freq_factor", low=0.0, high=1e9, exclusive=True)
@@ -87,8 +89,8 @@ def read_rope(reader: ConfigReader, dim: int, max_positions: int) -> RopeSpec:
         original_positions=original,
         low_frequency_factor=low,
         high_frequency_factor=high,
-        beta_fast=settings.number("beta_fast", low=0.0, high=1e9, default=None) or 32.0,
-        beta_slow=settings.number("beta_slow", low=0.0, high=1e9, default=None) or 1.0,
+        beta_fast=settings.number("beta_fast", low=0.0, high=1e9, default=0.0) or 32.0,
+        beta_slow=settings.number("beta_slow", low=0.0, high=1e9, default=0.0) or 1.0,
         attention_factor=settings.number("attention_factor", low=0.0, high=1e9, default=None),
         mscale=settings.number("mscale", low=0.0, high=1e9, default=None),
         mscale_all_dim=settings.number("mscale_all_dim", low=0.0, high=1e9, default=None),

@@ -222,7 +222,8 @@ class Run:
         if accepted.dim() != 2 or not 1 <= accepted.shape[1] <= logits.shape[1]:
             raise PluginError(
                 "PL-CONTRACT",
-                f"accept returned ids {list(accepted.shape)} for logits {list(logits.shape)}; it must return [batch, 1 to {logits.shape[1]}]",
+                f"accept returned ids {list(accepted.shape)} for logits {list(logits.shape)}",
+                hint=f"it must return [batch, 1 to {logits.shape[1]}]",
                 plugin=type(self.decoder).__name__,
             )
         return accepted

@@ -20,7 +20,21 @@ from modelrig.components import TensorEntry, TensorFile
 from modelrig.errors import FileError
 
 READ_SIZE = 16 << 20
-NETWORK_FILE_SYSTEMS = ("nfs", "nfs4", "cifs", "smb3", "smbfs", "lustre", "ceph", "gpfs", "glusterfs", "9p", "beegfs", "afs", "fuse")
+NETWORK_FILE_SYSTEMS = (
+    "nfs",
+    "nfs4",
+    "cifs",
+    "smb3",
+    "smbfs",
+    "lustre",
+    "ceph",
+    "gpfs",
+    "glusterfs",
+    "9p",
+    "beegfs",
+    "afs",
+    "fuse",
+)
 
 
 class TensorFileReader:
@@ -45,7 +59,7 @@ class TensorFileReader:
         if self.mapping is not None:
             return self.data[entry.offset : entry.offset + entry.nbytes]
         buffer = torch.empty(entry.nbytes, dtype=torch.uint8)
-        window, done = memoryview(buffer.numpy()), 0
+        window, done = memoryview(buffer.numpy().data), 0
         while done < entry.nbytes:
             count = os.preadv(self.descriptor, [window[done : done + READ_SIZE]], entry.offset + done)
             if count == 0:
@@ -78,8 +92,10 @@ _mappings: weakref.WeakValueDictionary[int, mmap.mmap] = weakref.WeakValueDictio
 
 
 def drop_pages(tensor: Tensor) -> None:
-    """Drop the memory pages behind a view of a mapped file; its next use reads them again. Does nothing for any other tensor, or for
-    one that was written to, whose pages exist only in memory."""
+    """Drop the memory pages behind a view of a mapped file; its next use reads them again.
+
+    Does nothing for any other tensor, or for one that was written to, whose pages exist only in memory.
+    """
     if tensor._version or not tensor.is_contiguous():
         return
     address = tensor.data_ptr()

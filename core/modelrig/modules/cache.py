@@ -17,7 +17,9 @@ from modelrig.modules.slots import Slots
 class ContiguousLayer:
     """Keys and values of one layer, [batch, kv_heads, slots, dim], zeroed once so that unused slots stay finite."""
 
-    def __init__(self, batch: int, heads: int, slots: int, key_dim: int, value_dim: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, batch: int, heads: int, slots: int, key_dim: int, value_dim: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
         self.keys = torch.zeros(batch, heads, slots, key_dim, dtype=dtype, device=device)
         self.values = torch.zeros(batch, heads, slots, value_dim, dtype=dtype, device=device)
 

@@ -4,7 +4,9 @@ Module and parameter names are Hugging Face's, so a checkpoint's names need no m
 it does not copy them.
 
 Hidden states are flat: x is [b * t, hidden], or [hidden] for a step of a single token where the linear kernels want a vector, so
-that the hot path of decoding has no reshaping around its products. Shapes: b batch, t tokens of this step, h heads, d head_dim, s slots.
+that the hot path of decoding has no reshaping around its products.
+
+Shapes: b batch, t tokens of this step, h heads, d head_dim, s slots.
 """
 
 from __future__ import annotations
@@ -103,7 +105,14 @@ class Decoder(nn.Module):
     """Embedding, blocks, final norm."""
 
     def __init__(
-        self, vocab: int, hidden: int, epsilon: float, blocks: list[DecoderBlock], specs: tuple[AttentionSpec, ...], rope: RopeSpec, context: BuildContext
+        self,
+        vocab: int,
+        hidden: int,
+        epsilon: float,
+        blocks: list[DecoderBlock],
+        specs: tuple[AttentionSpec, ...],
+        rope: RopeSpec,
+        context: BuildContext,
     ) -> None:
         super().__init__()
         self.embed_tokens = Embedding(vocab, hidden, context.dtype)
@@ -151,7 +160,7 @@ class CausalLM(nn.Module):
 
     def init_buffers(self, device: torch.device) -> None:
         for module in self.modules():
-            if module is not self and hasattr(module, "init_buffers"):
+            if isinstance(module, RMSNorm | Rotary):
                 module.init_buffers(device)
 
     def bind(self, linear: LinearMaker) -> None:

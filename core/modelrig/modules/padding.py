@@ -22,7 +22,9 @@ class PaddedBatch:
         mask = torch.as_tensor(attention_mask, device=ids.device)
         if mask.shape != ids.shape or not bool(((mask == 0) | (mask == 1)).all()):
             raise GenerateError(
-                "GN-INPUT", f"must be ones and zeros of the input's shape {list(ids.shape)}, not {list(mask.shape)}", locus="attention_mask"
+                "GN-INPUT",
+                f"must be ones and zeros of the input's shape {list(ids.shape)}, not {list(mask.shape)}",
+                locus="attention_mask",
             )
         mask = mask.bool()
         lengths = mask.sum(dim=1)

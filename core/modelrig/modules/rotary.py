@@ -91,7 +91,7 @@ class Rotary(nn.Module):
         return torch.cat((cos, cos), dim=-1).to(self.dtype), torch.cat((-sin, sin), dim=-1).to(self.dtype)
 
     def _stretched(self, positions: Tensor) -> Tensor:
-        """Dynamic NTK: each row's base grows with the row's own length, so that rows of a batch stay independent. [batch, 1, dim / 2]"""
+        """Dynamic NTK: inverse frequencies [batch, 1, dim / 2] that grow with each row's own length, rows being independent."""
         spec = self.spec
         length = (positions.amax(dim=1) + 1).clamp(min=spec.max_positions).to(torch.float32)
         stretch = (spec.factor * length / spec.max_positions - (spec.factor - 1)) ** (spec.dim / (spec.dim - 2))

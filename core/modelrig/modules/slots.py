@@ -25,8 +25,8 @@ class Visibility(NamedTuple):
     key_index covers the whole buffer.
     """
 
-    index: Tensor  # int64 [count], of the queries
-    key_index: Tensor  # int64 [slots], of the keys
+    query_index: Tensor  # int64 [count]
+    key_index: Tensor  # int64 [slots]
     starts: Tensor | None  # int64 [batch], first index that is not padding; None when no row is padded
     window: int | None
     causal: bool
@@ -37,7 +37,7 @@ class Visibility(NamedTuple):
 
         Every query sees at least its own key, so that a row of padding stays finite and cannot spoil the rows beside it.
         """
-        query, key = self.index[:, None], self.key_index[None, :]
+        query, key = self.query_index[:, None], self.key_index[None, :]
         seen = key <= query if self.causal else torch.ones_like(key <= query)
         if self.window is not None:
             seen = seen & (query - key < self.window)

@@ -65,7 +65,10 @@ def read_config(reader: ConfigReader, catalog: Catalog) -> tuple[LlamaConfig, in
     layers = reader.integer("num_hidden_layers", 1, LAYER_LIMIT)
     if "head_dim" not in reader:
         reader.require(
-            hidden % heads == 0, "CF-REL", "hidden_size", f"{hidden} is not a multiple of num_attention_heads ({heads}), and there is no head_dim"
+            hidden % heads == 0,
+            "CF-REL",
+            "hidden_size",
+            f"{hidden} is not a multiple of num_attention_heads ({heads}), and there is no head_dim",
         )
     head_dim = reader.integer("head_dim", 1, LIMIT, default=max(1, hidden // heads))
     reader.require(head_dim % 2 == 0, "CF-REL", "head_dim", f"{head_dim} is odd: rotary embeddings turn pairs")

@@ -25,7 +25,7 @@ class SdpaAttention:
 
     def prepare(self, spec: AttentionSpec, visible: Visibility) -> Lowered:  # noqa: ARG002 - protocol
         """No mask where none is needed: one query that sees everything, or a first prompt that is_causal describes."""
-        count, past = visible.index.shape[0], visible.past
+        count, past = visible.query_index.shape[0], visible.past
         in_window = past is not None and (visible.window is None or past + count <= visible.window)
         if visible.starts is None and in_window:
             if not visible.causal or count == 1:

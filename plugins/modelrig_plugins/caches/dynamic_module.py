@@ -32,7 +32,8 @@ class DynamicCache(ContiguousCache):
         cache = cls(batch, capacity, device, padding)
         cache.room = min(capacity, FIRST_ROOM)
         cache.layers = [
-            ContiguousLayer(batch, spec.num_key_value_heads, cache.room, spec.head_dim, spec.value_dim, dtype, device) for spec in layers
+            ContiguousLayer(batch, spec.num_key_value_heads, cache.room, spec.head_dim, spec.value_dim, dtype, device)
+            for spec in layers
         ]
         return cache
 

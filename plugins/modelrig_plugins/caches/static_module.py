@@ -26,6 +26,7 @@ class StaticCache(ContiguousCache):
     ) -> StaticCache:
         cache = cls(batch, capacity, device, padding)
         cache.layers = [
-            ContiguousLayer(batch, spec.num_key_value_heads, capacity, spec.head_dim, spec.value_dim, dtype, device) for spec in layers
+            ContiguousLayer(batch, spec.num_key_value_heads, capacity, spec.head_dim, spec.value_dim, dtype, device)
+            for spec in layers
         ]
         return cache

@@ -44,7 +44,7 @@ class DenseLinear:
 
 def fastest_kernel() -> str:
     """By the instructions of this CPU, as measured on machines of each sort (benchmarks/LOG.md)."""
-    if not torch.backends.mkldnn.is_available():
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return "mv"
     if torch.cpu._is_amx_tile_supported():
         return "mv"
@@ -80,7 +80,8 @@ class PackedLinear:
             if self.calls <= PATIENCE + SPREAD * self.number // self.model.made:
                 return F.linear(x, self.weight, self.bias)
             self._pack()
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        return y
 
     def _pack(self) -> None:
         self.version, self.calls = self.weight._version, 0
