@@ -420,6 +420,11 @@ class TensorSpec:
 
 
 class QuantizerPlanner(Protocol):
+    """Two more methods are optional. `settle(need, options)` returns the options as this model and machine will use them, once
+    `check` found nothing: whatever `auto` in them means here. `copies(parameter, dtype, options)` is an estimate of the bytes
+    of a second copy that the kernel on CPU makes of a weight while generating.
+    """
+
     def outputs(self, parameter: Parameter, dtype: str, options: Any) -> tuple[TensorSpec, ...]:
         """What `parameter` becomes in memory when the model computes in `dtype`."""
         ...

@@ -154,6 +154,9 @@ def check(field: Field, candidate: Candidate) -> Candidate:
         options = structure(planner, candidate.given)
         ask = getattr(planner, "check", None)
         reasons = [] if ask is None else [_reason(reason) for reason in ask(field.need, options)]
+        settle = getattr(planner, "settle", None)
+        if settle is not None and not reasons:
+            options = settle(field.need, options)
     except OptionsError as error:
         if field.wish.is_pin:
             code, locus = ("RQ-UNKNOWN" if error.is_unknown else "RQ-VALUE"), f"{field.slot} {one.name}"

@@ -23,9 +23,11 @@ MOMENTS = ("load_peak", "steady", "run")
 PREFILL_TOKENS = 512  # of a prompt per step; `modelrig.generation` runs prompts in such parts
 GPU_CONTEXT_BYTES = 500_000_000  # what CUDA takes for itself in each process, roughly
 QUANTIZED_ROLES = ("linear",)
+MULTIPLIED_ROLES = ("linear", "head")
 
 WEIGHTS = "weights"
 MAPPED = "weights, mapped from their files"
+COPIES = "weights in a kernel's own layout, made while generating"
 STAGING = "the largest tensor while it is converted"
 CACHE = "key/value cache"
 ACTIVATIONS = "activations (512 prompt tokens × 4 hidden, 2 feed-forward and all q, k, v widths; logits)"
@@ -64,8 +66,11 @@ class Ledger:
         return sum(line.bytes for line in self.lines if line.moment == moment and device in (None, line.device))
 
     def peak(self, device: str, *, with_mapped: bool) -> int:
-        """The most bytes `device` needs at any moment, with or without pages the kernel can drop."""
-        counted = [line for line in self.lines if line.device == device and (with_mapped or line.what != MAPPED)]
+        """The most bytes `device` needs at any moment, with or without what it can do without.
+
+        That is pages the kernel can drop, and copies that are only made where there is room.
+        """
+        counted = [line for line in self.lines if line.device == device and (with_mapped or line.what not in (MAPPED, COPIES))]
         return max(sum(line.bytes for line in counted if line.moment == moment) for moment in MOMENTS)
 
     def to_json(self) -> list[dict[str, Any]]:
@@ -77,19 +82,34 @@ class Ledger:
 
 @frozen(kw_only=True)
 class Weights:
-    """Bytes of all parameters in memory. `mapped` stay in their files; `staging` is the largest one that is converted."""
+    """Bytes of all parameters in memory.
+
+    Attributes:
+        mapped: views of their files.
+        allocated: everything else.
+        staging: the largest one that is converted.
+        copies: what kernels make of them while generating, in a layout of their own.
+        replaced: the part of `mapped` whose pages are dropped once there is such a copy.
+    """
 
     mapped: int
     allocated: int
     staging: int
+    copies: int = 0
+    replaced: int = 0
 
 
 def weigh(facts: ModelFacts, catalog: Catalog, quantizer: Any, options: Any, dtype: str, device: str) -> Weights:
     """Add up the parameters, ties once. `quantizer` is the chosen one's planner: linear 2-D weights are what its `outputs` say."""
-    mapped = allocated = staging = 0
+    mapped = allocated = staging = copies = replaced = 0
     on_cpu = device == "cpu"
+    copy_of = getattr(quantizer, "copies", None)
     entries, bits, outputs = catalog.entries, DTYPE_BITS[dtype], quantizer.outputs
     for parameter in facts.parameters:
+        copy = 0
+        if copy_of is not None and on_cpu and parameter.role in MULTIPLIED_ROLES:
+            copy = copy_of(parameter, dtype, options)
+            copies += copy
         if parameter.stored_as is None:
             continue
         entry = entries.get(parameter.stored_as)
@@ -102,10 +122,11 @@ def weigh(facts: ModelFacts, catalog: Catalog, quantizer: Any, options: Any, dty
         allocated += beside
         if on_cpu and entry is not None and _is_view(entry, into, parameter):
             mapped += size
+            replaced += size if copy else 0
         else:
             allocated += size
             staging = max(staging, 0 if entry is None else entry.nbytes)
-    return Weights(mapped=mapped, allocated=allocated, staging=staging)
+    return Weights(mapped=mapped, allocated=allocated, staging=staging, copies=copies, replaced=replaced)
 
 
 def _is_view(entry: TensorEntry, dtype: str, parameter: Parameter) -> bool:
@@ -150,8 +171,11 @@ class Account:
             (WEIGHTS, weights.allocated, True),
             (GPU_CONTEXT, 0 if self.device == "cpu" else GPU_CONTEXT_BYTES, False),
         )
-        items = [(self.device, moment, *item) for moment in MOMENTS for item in always]
+        items = [(self.device, moment, *item) for moment in MOMENTS[:2] for item in always]
+        items += [(self.device, "run", MAPPED, weights.mapped - weights.replaced, True)]
+        items += [(self.device, "run", *item) for item in always[1:]]
         items.append(("cpu", "load_peak", STAGING, weights.staging, False))
+        items.append((self.device, "run", COPIES, weights.copies, False))
         items.append((self.device, "run", CACHE, self.cache_bytes(context, batch), True))
         items.append((self.device, "run", ACTIVATIONS, activation_bytes(self.facts, batch, context, self.dtype), False))
         items.sort(key=lambda item: (item[0] != self.device, MOMENTS.index(item[1])))

@@ -52,6 +52,7 @@ class QuantizerNeed(Need):
 
     scheme: str
     shapes: frozenset[tuple[int, ...]]  # the distinct shapes of linear weights [out, in]
+    cpu_flags: frozenset[str] = frozenset()  # as /proc/cpuinfo names them; what kernels are fast here
 
 
 @frozen(kw_only=True)
@@ -76,6 +77,7 @@ class Situation:
     context: int
     batch: int
     origins: Mapping[str, str]  # of device, dtype, context and batch
+    cpu_flags: frozenset[str] = frozenset()
 
     @property
     def device_type(self) -> str:
@@ -108,7 +110,9 @@ def cache_need(at: Situation) -> CacheNeed:
 
 def quantizer_need(at: Situation) -> QuantizerNeed:
     shapes = {parameter.shape for parameter in at.facts.parameters if parameter.role == "linear"}
-    return QuantizerNeed(**_common(at, {"scheme": "config.json"}), scheme=at.scheme, shapes=frozenset(shapes))
+    return QuantizerNeed(
+        **_common(at, {"scheme": "config.json"}), scheme=at.scheme, shapes=frozenset(shapes), cpu_flags=at.cpu_flags
+    )
 
 
 def decoder_need(at: Situation, samples: bool = False) -> DecoderNeed:

@@ -143,7 +143,7 @@ def settle(checkpoint: Checkpoint, request: Request, environment: Environment, r
     placements = place(request, environment)
     notes: list[str] = []
     for placement in placements:
-        situation = make_situation(checkpoint, request, placement.device, placement.why)
+        situation = make_situation(checkpoint, request, environment, placement.device, placement.why)
         try:
             decision = decide(situation, checkpoint, request, environment, registry)
         except PlanError as error:
@@ -173,7 +173,7 @@ def decide(
     return Decision(situation=situation, negotiated=negotiated, ledger=ledger, notes=(*negotiated.notes, *notes))
 
 
-def make_situation(checkpoint: Checkpoint, request: Request, device: str, why_device: str) -> Situation:
+def make_situation(checkpoint: Checkpoint, request: Request, environment: Environment, device: str, why_device: str) -> Situation:
     """dtype, context and batch settled. More context than the config was made for is planned, and said."""
     dtype, why_dtype = _dtype(checkpoint, request)
     context, why_context = _context(checkpoint.facts, request)
@@ -184,6 +184,7 @@ def make_situation(checkpoint: Checkpoint, request: Request, device: str, why_de
         dtype=dtype,
         context=context,
         batch=request.batch,
+        cpu_flags=environment.cpu_flags,
         origins={"device": why_device, "dtype": why_dtype, "context": why_context, "batch": request.origin("batch")},
     )
 

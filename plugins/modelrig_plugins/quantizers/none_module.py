@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from modelrig.loading.transport import drop_pages
+from modelrig.planning.environment import read_environment
 from modelrig_plugins.quantizers.none import NoneOptions
 
 PATIENCE = 8  # single-token calls before a weight may be packed
@@ -22,33 +23,26 @@ SPREAD = 24  # steps over which the weights of a model are packed
 
 
 class DenseLinear:
-    """Makes the kernels of one model.
+    """Makes the kernels of one model; `options.kernel` was settled when it was planned.
 
     Attributes:
         vector: single tokens come as [in] rather than [1, in], because `torch.mv` is what multiplies them.
     """
 
     def __init__(self, options: NoneOptions) -> None:
-        self.kernel = options.kernel if options.kernel != "auto" else fastest_kernel()
-        self.vector = self.kernel == "mv"
+        self.kernel, self.vector = options.kernel, options.kernel == "mv"
         self.made = 0  # kernels, so that packing can be spread over them
+        self.bytes = 0  # of their weights
+        self.has_room: bool | None = None  # for packed copies; asked when the first is made
 
     def make_linear(self, weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-        if weight.device.type == "cpu" and self.kernel == "packed" and weight.dtype == torch.bfloat16:
+        if self.kernel == "packed":
             self.made += 1
+            self.bytes += weight.nbytes
             return PackedLinear(weight, bias, self, self.made)
-        if weight.device.type == "cpu" and self.vector:
+        if self.vector:
             return _mv(weight, bias)
         return lambda x: F.linear(x, weight, bias)
-
-
-def fastest_kernel() -> str:
-    """By the instructions of this CPU, as measured on machines of each sort (benchmarks/LOG.md)."""
-    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        return "mv"
-    if torch.cpu._is_amx_tile_supported():
-        return "mv"
-    return "packed" if torch.cpu._is_avx512_bf16_supported() else "mv"
 
 
 def _mv(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
@@ -74,16 +68,22 @@ class PackedLinear:
             return F.linear(x, self.weight, self.bias)
         if self.version != self.weight._version:  # someone wrote to the weight
             self.packed = None
-        if self.packed is None:
-            if x.shape[0] == 1:
-                self.calls += 1
-            if self.calls <= PATIENCE + SPREAD * self.number // self.model.made:
-                return F.linear(x, self.weight, self.bias)
-            self._pack()
+        if self.packed is None and not self._pack_in_turn(x.shape[0]):
+            return F.linear(x, self.weight, self.bias)
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
         return y
 
-    def _pack(self) -> None:
-        self.version, self.calls = self.weight._version, 0
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, 1)
-        drop_pages(self.weight)
+    def _pack_in_turn(self, tokens: int) -> bool:
+        """Pack if it is this weight's turn and there is room; whether it is packed now."""
+        self.calls += tokens == 1
+        model = self.model
+        if self.calls <= PATIENCE + SPREAD * self.number // model.made:
+            return False
+        if model.has_room is None:
+            available = read_environment().available_bytes("cpu")
+            model.has_room = available is None or model.bytes < available
+        if model.has_room:
+            self.version, self.calls = self.weight._version, 0
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, 1)
+            drop_pages(self.weight)
+        return model.has_room
