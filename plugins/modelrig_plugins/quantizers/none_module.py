@@ -18,8 +18,8 @@ from modelrig.loading.transport import drop_pages
 from modelrig.planning.environment import read_environment
 from modelrig_plugins.quantizers.none import NoneOptions
 
-PATIENCE = 8  # single-token calls before a weight may be packed
-SPREAD = 24  # steps over which the weights of a model are packed
+PATIENCE = 4  # single-token calls before a weight may be packed
+SPREAD = 12  # steps over which the weights of a model are packed
 
 
 class DenseLinear:
