@@ -331,7 +331,10 @@ class FormatPlanner(Protocol):
 
 class FormatReader(Protocol):
     def decode(self, data: Tensor, entry: TensorEntry) -> Tensor:
-        """`data` is uint8 [entry.nbytes], a view of the file → `entry.shape` of `entry.dtype`, a view where it can be one."""
+        """`data` is uint8 [entry.nbytes], a view of the file → `entry.shape` of `entry.dtype`, a view where it can be one.
+
+        What is converted while loading comes in parts: `entry` is then a run of consecutive elements, as one dimension.
+        """
         ...
 
 
@@ -394,8 +397,9 @@ class ModuleBuilder(Protocol):
     def build(self, facts: ModelFacts, context: Any) -> nn.Module:
         """The module on the meta device, parameter names as in `facts`. `context` is a `modelrig.modules.BuildContext`.
 
-        The module offers `step(ids, slots, last_only=False)`: ids int64 [batch, count] → logits [batch, count or 1, vocab],
-        and `init_buffers(device)`, which computes buffers that are not loaded.
+        The module offers `step(ids, slots, last_only=False)`: ids int64 [batch, count] → logits [batch, count or 1, vocab];
+        `init_buffers(device)`, which computes buffers that are not loaded; and `bind(linear)`, called last, which gives every
+        weight of the linear slot its kernel.
         """
         ...
 

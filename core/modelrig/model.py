@@ -9,15 +9,16 @@ torch is imported by `Plan.load`, not by this module.
 
 from __future__ import annotations
 
-import logging
 import os
+import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modelrig.components import Decoder
-from modelrig.errors import CacheError, GenerateError, LoadError, ResourceLimitError
+from modelrig.errors import CacheError, GenerateError, LoadError
 from modelrig.planning.pipeline import make_plan
 from modelrig.planning.plan import RigPlan
 
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
     from modelrig.generation.session import Session
     from modelrig.generation.tokenizer import Tokenizer
     from modelrig.loading.materialise import LoadReport
-
-logger = logging.getLogger(__name__)
 
 Message = Mapping[str, Any]
 ProgressChoice = bool | Callable[[int, int], None]
@@ -53,9 +52,14 @@ class Plan(RigPlan):
         """
         from modelrig.loading.progress import progress_bar
 
+        handled = sys.exception()
         bar = progress_bar("loading") if progress is True else nullcontext(progress or None)
-        with bar as report:
-            return _load(self, report)
+        try:
+            with bar as report:
+                return _load(self, report)
+        except BaseException as error:
+            _forget_frames(error, handled)
+            raise
 
 
 def plan(reference: str | Path, config: str | Path | Mapping[str, Any] | None = None, **request: Any) -> Plan:
@@ -84,8 +88,18 @@ def load(
     return plan(reference, config, **request).load(progress=progress)
 
 
+def _forget_frames(error: BaseException | None, handled: BaseException | None) -> None:
+    """An exception keeps the frames it passed, and these the weights. Notebooks keep the last one: it must not hold gigabytes.
+
+    `handled` is what the caller was handling already; its frames are none of ours.
+    """
+    while error is not None and error is not handled:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+
+
 def _load(plan: Plan, progress: Callable[[int, int], None] | None) -> Model:
-    """fetch → build on meta → read and place → tokenizer → model."""
+    """fetch → tokenizer → build on meta → read and place → model."""
     # torch reads this at its first allocation: large buffers in huge pages are touched several times faster
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     import torch
@@ -100,12 +114,13 @@ def _load(plan: Plan, progress: Callable[[int, int], None] | None) -> Model:
     snapshot, catalog = fetch(plan.snapshot, plan.catalog, parts["sources"], plan.choices["formats"].registered.planner(), progress)
     for kind in ("attention", "quantizers"):  # these two have one object per model
         parts[kind] = parts[kind](plan.choices[kind].options)
+    tokenizer = Tokenizer.from_folder(snapshot.root, plan.facts.vocab_size)  # before the weights: it may be what is wrong
     context = BuildContext(parts["attention"], parts["quantizers"], dtype)
-    module = parts["architectures"].build(plan.facts, context)
-    report = materialise(
-        module, plan.facts, catalog, parts["formats"], parts["quantizers"], dtype=dtype, device=device, progress=progress
-    )
-    tokenizer = Tokenizer.from_folder(snapshot.root, plan.facts.vocab_size)
+    with torch.inference_mode(False):  # parameters made in a caller's inference block would be of no use outside
+        module = parts["architectures"].build(plan.facts, context)
+        report = materialise(
+            module, plan.facts, catalog, parts["formats"], parts["quantizers"], dtype=dtype, device=device, progress=progress
+        )
     return Model(plan, module, tokenizer, parts, report)
 
 
@@ -124,12 +139,14 @@ class Model:
     ) -> None:
         import torch
 
+        from modelrig.generation.caches import CachePool
+
         self.plan, self.tokenizer, self.load_report = plan, tokenizer, load_report
         self._module: nn.Module | None = module
         self._parts = dict(parts)
         self._dtype, self._device = getattr(torch, plan.dtype), torch.device(plan.device)
-        self._step = self._parts["compilers"].compile(module.step, plan.choices["compilers"].options)
-        self._idle: list[Cache] = []  # at most one cache, kept between calls so that its buffers stay
+        self._step: Callable[..., Tensor] | None = self._parts["compilers"].compile(module.step, plan.choices["compilers"].options)
+        self._pool = CachePool(plan, self.new_cache)
 
     # ------------------------------------------------------------------------------------------ parts
 
@@ -139,13 +156,16 @@ class Model:
             raise LoadError("LD-CLOSED", "the model was closed")
         return self._module
 
+    def _require_open(self) -> None:
+        _ = self.module
+
     @property
     def step(self) -> Callable[..., Tensor]:
         """`step(ids, slots, last_only=False)`: ids int64 [batch, tokens] at the place `cache.begin` gave → logits.
 
         This is what compilers compile.
         """
-        if self._module is None:
+        if self._step is None:
             raise LoadError("LD-CLOSED", "the model was closed")
         return self._step
 
@@ -155,20 +175,20 @@ class Model:
         return self.plan.device_map
 
     def memory(self) -> dict[str, int]:
-        """Measured bytes: `weights` (parameters and buffers, shared ones once), `cache` (the one kept between calls), `process`."""
-        tensors = {id(tensor): tensor for tensor in (*self.module.parameters(), *self.module.buffers())}
-        pages = int(Path("/proc/self/statm").read_text().split()[1]) if Path("/proc/self/statm").exists() else 0
+        """Measured bytes: `weights` and `buffers` (shared ones once), `cache` (the one kept between calls), and `process`, all
+        that is resident of this process (0 where the system does not tell)."""
+        resident = Path("/proc/self/statm")
         return {
-            "weights": sum(parameter.nbytes for parameter in {id(p): p for p in self.module.parameters()}.values()),
-            "buffers": sum(tensor.nbytes for tensor in tensors.values()) - sum(p.nbytes for p in self.module.parameters()),
-            "cache": sum(cache.nbytes for cache in self._idle),
-            "process": pages * 4096,
+            "weights": sum(parameter.nbytes for parameter in self.module.parameters()),
+            "buffers": sum(buffer.nbytes for buffer in self.module.buffers()),
+            "cache": self._pool.nbytes,
+            "process": int(resident.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if resident.exists() else 0,
         }
 
     def close(self) -> None:
         """Let go of weights and caches; safe to call twice."""
-        self._module = None
-        self._idle.clear()
+        self._module = self._step = None
+        self._pool.close()
         self._parts.clear()
 
     def __enter__(self) -> Model:
@@ -186,10 +206,10 @@ class Model:
         """
         import torch
 
+        self._require_open()
         if not self.plan.facts.layers:
             raise CacheError("CA-ARGS", f"a {self.plan.facts.architecture} model has no cache")
-        choice, module = self.plan.choices["caches"], self.module
-        del module  # closed models say so
+        choice = self.plan.choices["caches"]
         with torch.inference_mode(False):  # buffers made inside an inference block could not be used outside
             return self._parts["caches"].create(
                 self.plan.facts.layers,
@@ -232,7 +252,7 @@ class Model:
     def _forward(self, ids: Tensor, cache: Cache | None, padding: Sequence[int] | None) -> Tensor:
         import torch
 
-        from modelrig.modules.slots import uncached_slots
+        from modelrig.modules.slots import begin, uncached_slots
 
         batch, count = ids.shape
         if cache is None:
@@ -240,7 +260,7 @@ class Model:
             return self.step(ids, uncached_slots(batch, count, len(self.plan.facts.layers), starts, self._device))
         if cache.batch != batch:
             raise CacheError("CA-ARGS", f"the cache has {cache.batch} rows, the input {batch}", locus="batch")
-        logits = self.step(ids, cache.begin(count))
+        logits = self.step(ids, begin(cache, count))
         cache.commit(count)
         return logits
 
@@ -253,7 +273,8 @@ class Model:
 
         Args:
             messages: a conversation for the chat template, instead of a prompt.
-            cache: a cache of yours, from `new_cache`; the prompt follows what it holds, and it keeps prompt and answer.
+            cache: a cache of yours, from `new_cache`; the prompt follows what it holds, and it keeps prompt and answer (of several
+                rows, those that end early are fed until the last one ends).
             **options: see `modelrig.generation.options.GenerateOptions`. Without a temperature decoding is greedy.
 
         With `num_return_sequences` above 1 a list is returned, sequences of a prompt side by side.
@@ -289,32 +310,39 @@ class Model:
         from modelrig.generation.options import GenerateOptions
 
         options = GenerateOptions.make(**given)
-        prompts, is_single = self._ids(prompt, messages)
+        follows = cache is not None and cache.length > 0
+        prompts, is_single = self._ids(prompt, messages, follows)
         copies = options.num_return_sequences
         rows = [prompt for prompt in prompts for _ in range(copies)]
         longest = max(map(len, rows))
         padding = [longest - len(row) for row in rows]
-        limit = self._limit(
-            longest, 0 if cache is None else cache.length, self.plan.context if cache is None else cache.capacity, options
-        )
-        borrowed = None
         if cache is None:
-            cache = borrowed = self._borrow(len(rows), longest + limit, padding)
-        elif cache.batch != len(rows):
-            raise CacheError("CA-ARGS", f"the cache has {cache.batch} rows, there are {len(rows)} prompts", locus="batch")
-        elif any(padding):
-            if cache.length:
+            limit = self._limit(longest, 0, self.plan.context, options, unfed=1)
+            borrowed = self._pool.borrow(longest + limit - 1, padding)
+            try:
+                run = self._run(borrowed, rows, rows, options, limit)
+            except BaseException:
+                self._pool.give_back(borrowed)
+                raise
+            run.on_end = lambda: self._pool.give_back(borrowed)
+        else:
+            if cache.batch != len(rows):
+                raise CacheError("CA-ARGS", f"the cache has {cache.batch} rows, there are {len(rows)} prompts", locus="batch")
+            if any(padding) and follows:
                 raise GenerateError("GN-INPUT", "prompts that continue a cache must have the same length, or run alone")
-            cache.reset(padding)
-        run = self._run(cache, rows, rows, options, limit)
+            limit = self._limit(longest, cache.length, cache.capacity, options, unfed=0)
+            run = self._run(cache, rows, rows, options, limit)
+            run.keeps_answer = True
+            if any(padding):
+                cache.reset(padding)
         run.is_single = is_single and copies == 1
-        if borrowed is not None:
-            run.on_end = lambda: self._give_back(borrowed)
         return run
 
-    def _ids(self, prompt: Any, messages: Sequence[Message] | None) -> tuple[list[list[int]], bool]:
+    def _ids(self, prompt: Any, messages: Sequence[Message] | None, follows: bool) -> tuple[list[list[int]], bool]:
+        """(ids of each prompt, whether it was a single one). A text that `follows` others begins without special tokens."""
         from modelrig.generation.inputs import as_prompts
 
+        self._require_open()
         if not self.plan.facts.generates:
             raise GenerateError("GN-INPUT", f"a {self.plan.facts.architecture} model does not generate text")
         if (prompt is None) == (messages is None):
@@ -323,24 +351,28 @@ class Model:
             text = self.chat_prompt(messages)
             assert self.tokenizer is not None
             return as_prompts(self.tokenizer.encode(text, add_special_tokens=False), None, self.plan.facts.vocab_size)
-        return as_prompts(prompt, self.tokenizer, self.plan.facts.vocab_size)
+        return as_prompts(prompt, self.tokenizer, self.plan.facts.vocab_size, add_special_tokens=not follows)
 
-    def _limit(self, prompt: int, held: int, capacity: int, options: GenerateOptions) -> int:
-        """New tokens at most; an explicit number that does not fit is an error, the default is cut to what fits."""
+    def _limit(self, prompt: int, held: int, capacity: int, options: GenerateOptions, *, unfed: int) -> int:
+        """New tokens at most; an explicit number that does not fit is an error, the default is cut to what fits.
+
+        `unfed` new tokens need no room: the last one is chosen but not fed, except to a cache that keeps the answer.
+        """
         from modelrig.generation.options import DEFAULT_NEW_TOKENS
 
-        room = capacity - held - prompt + 1  # the last new token is never fed
+        room = capacity + unfed - held - prompt
         wanted = options.max_new_tokens
-        if room < 1 or (wanted is not None and wanted > room):
-            asked = "" if wanted is None else f" and {wanted} new tokens"
+        least = max(1, options.min_new_tokens if wanted is None else wanted)
+        if room < least:
+            asked = "" if least == 1 and wanted is None else f" and {least} new tokens"
             before = f" after {held} in the cache" if held else ""
             raise GenerateError(
                 "GN-CONTEXT",
                 f"{prompt} prompt tokens{asked}{before} do not fit into a context of {capacity}",
-                locus="max_new_tokens" if room >= 1 else None,
-                hint=f"plan a longer context (the config allows {self.plan.facts.context_length})",
+                locus=None if room < 1 else "min_new_tokens" if wanted is None else "max_new_tokens",
+                hint=f"plan a longer context, or make a larger cache (the config allows {self.plan.facts.context_length})",
             )
-        return min(DEFAULT_NEW_TOKENS, room) if wanted is None else wanted
+        return min(max(DEFAULT_NEW_TOKENS, least), room) if wanted is None else wanted
 
     def _run(
         self, cache: Cache, rows: Sequence[Sequence[int]], histories: Sequence[Sequence[int]], options: GenerateOptions, limit: int
@@ -369,8 +401,8 @@ class Model:
             self.step, getattr(self.module, "chunkable", True), self.plan.facts.vocab_size, self._device, self.tokenizer, tuple(eos)
         )
 
-    def _encode_turn(self, prompt: Any, messages: Sequence[Message] | None) -> list[int]:
-        rows, _ = self._ids(prompt, messages)
+    def _encode_turn(self, prompt: Any, messages: Sequence[Message] | None, follows: bool) -> list[int]:
+        rows, _ = self._ids(prompt, messages, follows)
         if len(rows) != 1:
             raise GenerateError("GN-INPUT", "a session has one conversation, not a batch")
         return rows[0]
@@ -378,33 +410,5 @@ class Model:
     def _start_turn(self, cache: Cache, ids: list[int], kept: int, options: GenerateOptions) -> Run:
         if options.num_return_sequences != 1:
             raise GenerateError("GN-ARGS", "a session has one answer a turn", locus="num_return_sequences")
-        limit = self._limit(len(ids) - kept, kept, cache.capacity, options)
+        limit = self._limit(len(ids) - kept, kept, cache.capacity, options, unfed=1)
         return self._run(cache, [ids[kept:]], [ids], options, limit)
-
-    # ------------------------------------------------------------------------------------------ caches between calls
-
-    def _borrow(self, batch: int, needed: int, padding: Sequence[int]) -> Cache:
-        """The idle cache if it serves, else a new one: of the planned length, or for more rows just long enough."""
-        idle = self._idle.pop() if self._idle else None
-        if idle is not None and idle.batch == batch and idle.capacity >= needed - 1:
-            idle.reset(padding)
-            return idle
-        if batch <= self.plan.batch:
-            return self.new_cache(batch, self.plan.context, padding)
-        planner = self.plan.choices["caches"].registered.planner()
-        bytes_needed = planner.nbytes(self.plan.facts.layers, batch, needed, self.plan.dtype, self.plan.choices["caches"].options)
-        available = self.plan.environment.available_bytes(self.plan.device)
-        if available is not None and bytes_needed > available:
-            raise ResourceLimitError(
-                "RL-MEM",
-                f"{batch} rows of {needed} tokens need a cache of {bytes_needed:,} bytes; {available:,} are available",
-                hint=f"the plan was made for a batch of {self.plan.batch}: give fewer prompts at a time",
-            )
-        logger.info(
-            "a batch of %d is more than the planned %d: allocating a cache of %s bytes", batch, self.plan.batch, f"{bytes_needed:,}"
-        )
-        return self.new_cache(batch, needed, padding)
-
-    def _give_back(self, cache: Cache) -> None:
-        if self._module is not None:
-            self._idle[:] = [cache]

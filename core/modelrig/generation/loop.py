@@ -11,11 +11,12 @@ import torch
 from attrs import define, frozen
 from torch import Tensor
 
-from modelrig.errors import PluginError
+from modelrig.errors import GenerateError, PluginError
 from modelrig.generation.detokenizer import Detokenizer
 from modelrig.generation.options import GenerateOptions
 from modelrig.generation.sampling import Sampler
 from modelrig.generation.stops import StopStrings
+from modelrig.modules.slots import begin
 
 if TYPE_CHECKING:
     from modelrig.components import Cache, DecoderMaker
@@ -118,7 +119,7 @@ class _Row:
 
 
 class Run:
-    """One call of generate: iterate over its `Piece`s, then ask for `results`.
+    """One call of generate: iterate over its `Piece`s, once, then ask for `results`.
 
     Args:
         prompts: the ids of each row that are not in the cache yet; rows of different lengths are padded on the left, as the
@@ -128,10 +129,16 @@ class Run:
 
     Attributes:
         is_single: the caller gave one prompt and wants one result.
-        on_end: called once, when the iteration ends or is given up.
+        keeps_answer: the cache shall hold the last new token too, which otherwise is chosen but not fed.
+        on_end: called once, when the iteration ends or is given up; not after an error, which may have left anything in the
+            cache.
+
+    Raises:
+        GenerateError: GN-ARGS for options that this model or batch cannot serve, GN-TOKENIZER for stop strings without a tokenizer.
     """
 
     is_single = True
+    keeps_answer = False
     on_end: Callable[[], None] | None = None
 
     def __init__(
@@ -145,6 +152,8 @@ class Run:
         limit: int,
         decoder_options: Any = None,
     ) -> None:
+        if options.stop and engine.tokenizer is None:
+            raise GenerateError("GN-TOKENIZER", "this model has no tokenizer, so its ids have no text to stop at", locus="stop")
         batch = len(prompts)
         stop_ids = {*(() if options.ignore_eos else engine.eos_ids), *(options.stop_ids or ())}
         self.engine, self.cache, self.prompts = engine, cache, prompts
@@ -163,6 +172,8 @@ class Run:
             for _ in prompts
         ]
         self.prefill_seconds = self.decode_seconds = 0.0
+        self._is_used = False
+        self._held = 0  # tokens in the cache before this run
 
     def _choose(self, logits: Tensor) -> Tensor:
         """Logits [batch, vocab] → ids [batch], by the call's options."""
@@ -171,14 +182,21 @@ class Run:
         return ids
 
     def __iter__(self) -> Iterator[Piece]:
+        if self._is_used:  # its cache may serve another call by now
+            return
+        self._is_used = True
         try:
             yield from self._pieces()
+        except Exception:
+            self.on_end = None
+            raise
         finally:
             if self.on_end is not None:
                 self.on_end()
                 self.on_end = None
 
     def _pieces(self) -> Iterator[Piece]:
+        self._held = self.cache.length
         started = time.perf_counter()
         with torch.inference_mode():
             accepted = self._accept(self._prefill(), None)
@@ -186,10 +204,13 @@ class Run:
         self.prefill_seconds = time.perf_counter() - started
         started, outside = time.perf_counter(), 0.0
         while True:
+            is_over = all(row.finish_reason for row in self.rows)
+            if is_over and self.keeps_answer:  # before the last pieces: a caller may not come back after them
+                self._keep_answer(accepted[:, -1:])
             left = time.perf_counter()
             yield from pieces
             outside += time.perf_counter() - left  # what the caller does with the pieces is not decoding
-            if all(row.finish_reason for row in self.rows):
+            if is_over:
                 break
             accepted = self._step(accepted[:, -1:])
             pieces = self._emit(accepted)
@@ -203,7 +224,7 @@ class Run:
         chunk = PREFILL_CHUNK if self.engine.chunkable else length
         for start in range(0, length, chunk):
             part = ids[:, start : start + chunk]
-            logits = self.engine.step(part, self.cache.begin(part.shape[1]), True)
+            logits = self.engine.step(part, begin(self.cache, part.shape[1]), True)
             self.cache.commit(part.shape[1])
         return logits
 
@@ -212,10 +233,20 @@ class Run:
         with torch.inference_mode():
             drafts = self.decoder.propose(last[:, 0])
             ids = last if drafts is None else torch.cat((last, drafts), dim=1)
-            logits = self.engine.step(ids, self.cache.begin(ids.shape[1]))
+            logits = self.engine.step(ids, begin(self.cache, ids.shape[1]))
             accepted = self._accept(logits, drafts)
             self.cache.commit(accepted.shape[1])
         return accepted
+
+    def _keep_answer(self, last: Tensor) -> None:
+        """Feed `last` [batch, 1]; or for a single row, forget what was accepted beyond its end."""
+        end = self._held + max(map(len, self.prompts)) + len(self.rows[0].tokens)
+        if len(self.rows) == 1 and self.cache.length >= end:
+            self.cache.rewind(end)
+            return
+        with torch.inference_mode():
+            self.engine.step(last, begin(self.cache, 1), True)
+            self.cache.commit(1)
 
     def _accept(self, logits: Tensor, drafts: Tensor | None) -> Tensor:
         accepted = self.decoder.accept(logits, drafts)

@@ -31,14 +31,14 @@ class Session:
     def __init__(
         self,
         cache: Cache,
-        encode: Callable[[Any, Sequence[Message] | None], list[int]],
+        encode: Callable[[Any, Sequence[Message] | None, bool], list[int]],
         start: Callable[[Cache, list[int], int, GenerateOptions], Run],
     ) -> None:
         self.cache, self._encode, self._start = cache, encode, start
         self.tokens: list[int] = []
         self.messages: list[dict[str, Any]] = []
         self.answer: Generation | None = None
-        self._cached: list[int] = []  # ids whose keys are in the cache, in order
+        self._run: Run | None = None  # the newest turn
 
     def generate(self, prompt: Any = None, *, messages: Sequence[Message] | None = None, **options: Any) -> Generation:
         """One turn; options as in `model.generate`."""
@@ -48,7 +48,7 @@ class Session:
         return run.results()[0]
 
     def stream(self, prompt: Any = None, *, messages: Sequence[Message] | None = None, **options: Any) -> Iterator[Piece]:
-        """One turn, piece by piece. What was produced until the stream is closed stays in the session."""
+        """One turn, piece by piece. What was produced stays in the session, until the stream is closed or the next turn begins."""
         return self._follow(self._turn(prompt, messages, options))
 
     def send(self, content: str, **options: Any) -> Generation:
@@ -65,43 +65,41 @@ class Session:
         try:
             yield from self._follow(run)
         finally:
-            self.answer = run.results()[0]
-            self.messages = [*asked, {"role": "assistant", "content": self.answer.text}]
+            if self._run is run:
+                self.answer = run.results()[0]
+                self.messages = [*asked, {"role": "assistant", "content": self.answer.text}]
 
     def reset(self) -> None:
         """Forget the conversation; the cache's memory stays allocated."""
         self.cache.reset()
-        self.tokens, self.messages, self._cached = [], [], []
+        self.tokens, self.messages, self.answer, self._run = [], [], None, None
 
     def _turn(self, prompt: Any, messages: Sequence[Message] | None, options: dict[str, Any]) -> Run:
         made = GenerateOptions.make(**options)
-        ids = self._encode(prompt, messages)
+        ids = self._encode(prompt, messages, bool(self.tokens))
         if messages is None:
             ids = self.tokens + ids
-        kept = self._keep(ids)
-        run = self._start(self.cache, ids, kept, made)
-        self.tokens = ids
+        run = self._start(self.cache, ids, self._keep(ids), made)
+        self.tokens, self._run = ids, run
         return run
 
     def _keep(self, ids: list[int]) -> int:
         """Rewind the cache to the common beginning of what it holds and `ids`; at least one id is left to prefill."""
-        kept = 0
-        limit = min(len(self._cached), len(ids) - 1)
-        while kept < limit and self._cached[kept] == ids[kept]:
+        # The last token of an answer was chosen but not fed; after an interruption the cache may be shorter still.
+        cached = self.tokens[: self.cache.length]
+        kept, limit = 0, min(len(cached), len(ids) - 1)
+        while kept < limit and cached[kept] == ids[kept]:
             kept += 1
         try:
             self.cache.rewind(kept)
         except CacheError:  # a cache that does not keep that much: prefill again
             self.cache.reset()
             kept = 0
-        del self._cached[kept:]
         return kept
 
     def _follow(self, run: Run) -> Iterator[Piece]:
-        try:
-            for piece in run:
-                self.tokens.extend(piece.tokens)
-                yield piece
-        finally:
-            # The last token was chosen but not fed; after an interruption the cache may also be shorter.
-            self._cached = self.tokens[: self.cache.length]
+        """The pieces of `run`, until another turn or a reset takes the cache over."""
+        pieces = iter(run)
+        while self._run is run and (piece := next(pieces, None)) is not None:
+            self.tokens.extend(piece.tokens)
+            yield piece

@@ -1,17 +1,21 @@
-"""Bytes of a tensor file: mapped copy-on-write on a local file system, read into memory elsewhere.
+"""Bytes of a tensor file: viewed in place where the file can be mapped, read into memory elsewhere.
 
 A mapping of a file on a network file system turns every page fault into a round trip and a vanished server into SIGBUS, so
-those files are read with positional reads instead.
+those files are only read. What is converted on the way is read too: a file that shrinks meanwhile is then an error and not a
+SIGBUS, and reading in pieces is as fast as touching mapped pages.
 """
 
 from __future__ import annotations
 
 import mmap
 import os
+import re
+import threading
 import weakref
-from functools import cache
 from pathlib import Path
+from types import TracebackType
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,95 +25,79 @@ from modelrig.errors import FileError
 
 READ_SIZE = 16 << 20
 NETWORK_FILE_SYSTEMS = (
-    "nfs",
-    "nfs4",
-    "cifs",
-    "smb3",
-    "smbfs",
-    "lustre",
-    "ceph",
-    "gpfs",
-    "glusterfs",
-    "9p",
-    "beegfs",
-    "afs",
-    "fuse",
-)
+    "nfs", "nfs4", "cifs", "smb3", "smbfs", "lustre", "ceph", "gpfs", "glusterfs", "9p", "beegfs", "afs", "fuse",
+)  # fmt: skip
 
 
 class TensorFileReader:
-    """One open tensor file. The mapping lives as long as a tensor that views it."""
+    """One open tensor file; a context manager. A mapping lives as long as a tensor that views it, also when this is closed.
+
+    Raises:
+        FileError: IO-CHANGED if the file is not the one that was catalogued, IO-READ if it cannot be opened.
+    """
 
     def __init__(self, file: TensorFile) -> None:
         self.file = file
-        self.mapping: mmap.mmap | None = None
-        self.descriptor = -1
+        self._mapped: Tensor | None = None  # uint8, the whole file
         with open_regular(file.path) as (descriptor, status):
             if file.identity is not None and identity(status) != file.identity:
                 raise _changed(file)
-            if status.st_size and not is_on_network(file.path):
-                self.mapping = mmap.mmap(descriptor, status.st_size, access=mmap.ACCESS_COPY)
-                self.data = torch.frombuffer(self.mapping, dtype=torch.uint8)
-                _mappings[self.data.data_ptr()] = self.mapping
-            else:
-                self.descriptor = os.dup(descriptor)
+            self._can_map = status.st_size > 0 and not is_on_network(file.path)
+            self._descriptor = os.dup(descriptor)
 
-    def bytes_of(self, entry: TensorEntry) -> Tensor:
-        """uint8 [entry.nbytes]: a view of the mapping, or freshly read memory."""
-        if self.mapping is not None:
-            return self.data[entry.offset : entry.offset + entry.nbytes]
-        buffer = torch.empty(entry.nbytes, dtype=torch.uint8)
+    def view(self, entry: TensorEntry) -> Tensor | None:
+        """uint8 [entry.nbytes] in a copy-on-write mapping of the file; None where files are not mapped."""
+        if self._mapped is None and self._can_map:
+            self._map()
+        return None if self._mapped is None else self._mapped[entry.offset : entry.offset + entry.nbytes]
+
+    def read(self, offset: int, buffer: Tensor) -> Tensor:
+        """Fill `buffer`, uint8 and contiguous, from byte `offset` on; returns it.
+
+        Raises:
+            FileError: IO-CHANGED if the file ends before, IO-READ if the system cannot read it.
+        """
         window, done = memoryview(buffer.numpy().data), 0
-        while done < entry.nbytes:
-            count = os.preadv(self.descriptor, [window[done : done + READ_SIZE]], entry.offset + done)
+        while done < len(window):
+            try:
+                count = os.preadv(self._descriptor, [window[done : done + READ_SIZE]], offset + done)
+            except OSError as error:
+                reason = f"cannot be read at byte {offset + done}: {error.strerror or error}"
+                raise FileError("IO-READ", reason, path=self.file.path) from error
             if count == 0:
                 raise _changed(self.file)
             done += count
         return buffer
 
-    def release(self, entry: TensorEntry) -> None:
-        """Drop the pages of a tensor that has been copied elsewhere from this process's memory."""
-        if self.mapping is not None:
-            _drop(self.mapping, entry.offset, entry.nbytes)
-
-    def check_unchanged(self) -> None:
-        """Raise `FileError` (IO-CHANGED) if the file is no longer what it was when it was catalogued."""
-        with open_regular(self.file.path) as (_, status):
-            if self.file.identity is not None and identity(status) != self.file.identity:
-                raise _changed(self.file)
-
     def close(self) -> None:
-        """Let go of the file; a mapping that tensors still view stays until they go."""
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
-            self.descriptor = -1
-        self.mapping = None
-        self.data = torch.empty(0, dtype=torch.uint8)
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+        self._descriptor, self._mapped, self._can_map = -1, None, False
+
+    def __enter__(self) -> TensorFileReader:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _map(self) -> None:
+        try:
+            mapping = mmap.mmap(self._descriptor, self.file.size, access=mmap.ACCESS_COPY)
+        except ValueError:  # it has become shorter
+            raise _changed(self.file) from None
+        except OSError:  # a file system that cannot, or no address space left: reading may still do
+            self._can_map = False
+            return
+        self._mapped = torch.frombuffer(mapping, dtype=torch.uint8)
+        with _lock:
+            _mappings[self._mapped.data_ptr()] = mapping
 
 
-#: address → mapping, for those that tensors still view
-_mappings: weakref.WeakValueDictionary[int, mmap.mmap] = weakref.WeakValueDictionary()
-
-
-def drop_pages(tensor: Tensor) -> None:
-    """Drop the memory pages behind a view of a mapped file; its next use reads them again.
-
-    Does nothing for any other tensor, or for one that was written to, whose pages exist only in memory.
-    """
-    if tensor._version or not tensor.is_contiguous():
-        return
-    address = tensor.data_ptr()
-    for start, mapping in _mappings.items():
-        if start <= address < start + len(mapping):
-            _drop(mapping, address - start, tensor.nbytes)
-
-
-def _drop(mapping: mmap.mmap, offset: int, size: int) -> None:
-    """Drop the whole pages inside [offset, offset + size); those at the edges belong to neighbours too."""
-    first = -(-offset // mmap.PAGESIZE) * mmap.PAGESIZE
-    last = (offset + size) // mmap.PAGESIZE * mmap.PAGESIZE
-    if last > first:
-        mapping.madvise(mmap.MADV_DONTNEED, first, last - first)
+def check_unchanged(file: TensorFile) -> None:
+    """Raise `FileError` (IO-CHANGED) if the file is no longer what it was when it was catalogued."""
+    with open_regular(file.path) as (_, status):
+        if file.identity is not None and identity(status) != file.identity:
+            raise _changed(file)
 
 
 def _changed(file: TensorFile) -> FileError:
@@ -121,26 +109,73 @@ def _changed(file: TensorFile) -> FileError:
     )
 
 
+# ------------------------------------------------------------------------------------------------ pages
+
+#: address → mapping, for those that tensors still view
+_mappings: weakref.WeakValueDictionary[int, mmap.mmap] = weakref.WeakValueDictionary()
+_lock = threading.Lock()
+
+
+def drop_pages(tensor: Tensor) -> None:
+    """Drop the memory pages behind a view of a mapped file; its next use reads them again.
+
+    Does nothing for any other tensor, nor where a page of it was written to: such a page exists only in memory.
+    """
+    if not tensor.is_contiguous():
+        return
+    address = tensor.data_ptr()
+    with _lock:
+        mappings = list(_mappings.items())
+    for start, mapping in mappings:
+        if start <= address < start + len(mapping):
+            # Whole pages only: those at the edges belong to neighbours too.
+            first = -(-(address - start) // mmap.PAGESIZE) * mmap.PAGESIZE
+            size = (address - start + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - first
+            if size > 0 and not _is_written(start + first, size):
+                mapping.madvise(mmap.MADV_DONTNEED, first, size)
+
+
+def _is_written(address: int, size: int) -> bool:
+    """Whether some page was copied on a write. True where the kernel does not tell.
+
+    A tensor's version counter would not do: it misses writes through `.data`, NumPy, or another view.
+    """
+    try:
+        descriptor = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return True
+    try:
+        raw = os.pread(descriptor, size // mmap.PAGESIZE * 8, address // mmap.PAGESIZE * 8)
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+    if len(raw) != size // mmap.PAGESIZE * 8:
+        return True
+    pages = np.frombuffer(raw, dtype=np.uint64)  # bits 63 and 62: in memory, in swap; bit 61: a page of the file
+    return bool(((pages >> np.uint64(62) != 0) & (pages >> np.uint64(61) & np.uint64(1) == 0)).any())
+
+
+# ------------------------------------------------------------------------------------------------ file systems
+
+
 def is_on_network(path: Path) -> bool:
     """Whether the file system that holds `path` is a network or user-space one."""
-    real = os.path.realpath(path)
     mounts = _mounts()
-    while real not in mounts and real != os.path.dirname(real):  # noqa: PTH120 - strings, thousands of times
-        real = os.path.dirname(real)  # noqa: PTH120
-    kind = mounts.get(real, "")
+    real = Path(path).resolve()
+    kind = next((mounts[str(folder)] for folder in (real, *real.parents) if str(folder) in mounts), "")
     return kind.partition(".")[0] in NETWORK_FILE_SYSTEMS
 
 
-@cache
 def _mounts() -> dict[str, str]:
     """Mount point → file system type, from the kernel; empty where there is no /proc."""
     try:
-        lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = os.fsdecode(Path("/proc/self/mountinfo").read_bytes()).splitlines()
     except OSError:
         return {}
     mounts = {}
     for line in lines:
         before, _, after = line.partition(" - ")
-        point = before.split()[4].encode().decode("unicode_escape")  # spaces are written as \040
-        mounts[point] = after.split()[0]
+        point = re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), before.split(" ")[4])  # a space is written as \040
+        mounts[point] = after.split(" ")[0]
     return mounts

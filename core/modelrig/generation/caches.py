@@ -1,0 +1,77 @@
+"""The caches that `generate` works in: one is kept between calls, so that its buffers stay where they are."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from modelrig.errors import ResourceLimitError
+
+if TYPE_CHECKING:
+    from modelrig.components import Cache
+    from modelrig.planning.plan import RigPlan
+
+logger = logging.getLogger(__name__)
+
+
+class CachePool:
+    """Lends caches to calls. Threads may share it: a cache is lent to one call at a time.
+
+    Args:
+        create: `create(batch, capacity, padding)`.
+    """
+
+    def __init__(self, plan: RigPlan, create: Callable[[int, int, Sequence[int]], Cache]) -> None:
+        self._plan, self._create = plan, create
+        self._idle: list[Cache] = []  # at most one
+        self._is_open = True
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the cache that waits for the next call."""
+        return sum(cache.nbytes for cache in self._idle)
+
+    def borrow(self, needed: int, padding: Sequence[int]) -> Cache:
+        """An empty cache with a row for each of `padding` and room for `needed` tokens: the idle one if it serves, else a new
+        one, as long as planned, or for more rows than planned just long enough.
+
+        Raises:
+            ResourceLimitError: RL-MEM when a batch larger than the planned one does not fit into memory.
+        """
+        batch = len(padding)
+        if (idle := self._take()) is not None:
+            if idle.batch == batch and idle.capacity >= needed:
+                idle.reset(padding)
+                return idle
+            del idle  # its memory goes before the new one's comes
+        if batch <= self._plan.batch:
+            return self._create(batch, self._plan.context, padding)
+        self._require_room(batch, needed)
+        return self._create(batch, needed, padding)
+
+    def give_back(self, cache: Cache) -> None:
+        if self._is_open:
+            self._idle[:] = [cache]
+
+    def close(self) -> None:
+        self._is_open = False
+        self._idle.clear()
+
+    def _take(self) -> Cache | None:
+        try:
+            return self._idle.pop()
+        except IndexError:  # none, or another thread was faster
+            return None
+
+    def _require_room(self, batch: int, needed: int) -> None:
+        plan, choice = self._plan, self._plan.choices["caches"]
+        planned = choice.registered.planner().nbytes(plan.facts.layers, batch, needed, plan.dtype, choice.options)
+        available = plan.environment.available_bytes(plan.device)
+        if available is not None and planned > available:
+            raise ResourceLimitError(
+                "RL-MEM",
+                f"{batch} rows of {needed} tokens need a cache of {planned:,} bytes; {available:,} are available",
+                hint=f"the plan was made for a batch of {plan.batch}: give fewer prompts at a time",
+            )
+        logger.info("a batch of %d is more than the planned %d: allocating a cache of %s bytes", batch, plan.batch, f"{planned:,}")
