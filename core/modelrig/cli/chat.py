@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
+from operator import methodcaller
 from typing import Any
 
 import click
 
-from modelrig.cli.generation import figures, generation_options, print_pieces
+from modelrig.cli.generation import figures, generation_options, print_pieces, read_input
 from modelrig.cli.options import request_options
 from modelrig.errors import GenerateError
 
@@ -46,10 +47,10 @@ def command(model: str, request: dict[str, Any], generation: dict[str, Any], sys
 
 def _ask() -> str | None:
     """The next message, or None at the end."""
-    if sys.stdin.isatty():
+    if sys.stdin is not None and sys.stdin.isatty():
         click.echo("> ", nl=False, err=True)
     try:
-        line = sys.stdin.readline()
+        line = read_input(methodcaller("readline"))
     except KeyboardInterrupt:
         click.echo(err=True)
         return None

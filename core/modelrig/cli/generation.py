@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, TypeVar
+import sys
+from collections.abc import Callable, Generator, Iterable
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 import attrs
 import click
@@ -47,7 +48,8 @@ def _flag(name: str, default: Any, text: str) -> Callable[[Any], Any]:
 
 def _given(flags: dict[str, Any]) -> dict[str, Any]:
     """The flags that were given, as `generate` takes them."""
-    given = {name: value for name, value in flags.items() if value not in (None, (), False)}
+    # By identity: 0 equals False, and is for `generate` to accept or refuse.
+    given = {name: value for name, value in flags.items() if value is not None and value is not False and value != ()}
     if "logit_bias" in given:
         given["logit_bias"] = dict(map(_bias, given["logit_bias"]))
     if len(given.get("seed", ())) == 1:
@@ -75,12 +77,29 @@ def figures(result: Generation) -> str:
 
 
 def print_pieces(pieces: Iterable[Piece]) -> bool:
-    """Print a stream of one row as it comes; False if Ctrl-C ended it."""
+    """Print a stream of one row as it comes; False if Ctrl-C ended it. The stream is closed then."""
+    stream, finished = iter(pieces), True
     try:
-        for piece in pieces:
+        for piece in stream:
             click.echo(piece.text, nl=False)
     except KeyboardInterrupt:
-        click.echo()
-        return False
+        finished = False
+    finally:
+        if isinstance(stream, Generator):
+            stream.close()  # now, rather than when the garbage collector finds it
     click.echo()
-    return True
+    return finished
+
+
+def read_input(read: Callable[[TextIO], str]) -> str:
+    """What `read` takes from standard input; nothing if that was closed.
+
+    Raises:
+        GenerateError: GN-INPUT for bytes that are not text.
+    """
+    if sys.stdin is None:
+        return ""
+    try:
+        return read(sys.stdin)
+    except UnicodeDecodeError as error:
+        raise GenerateError("GN-INPUT", f"standard input is not {error.encoding} text: {error.reason}") from error

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
+from operator import methodcaller
 from typing import Any
 
 import attrs
 import click
 
-from modelrig.cli.generation import figures, generation_options, print_pieces
+from modelrig.cli.generation import figures, generation_options, print_pieces, read_input
 from modelrig.cli.options import request_options
 
 
@@ -28,7 +28,7 @@ def command(model: str, prompt: str, request: dict[str, Any], generation: dict[s
     import modelrig
 
     if prompt == "-":
-        prompt = sys.stdin.read()
+        prompt = read_input(methodcaller("read"))
     plan = modelrig.plan(model, **request)
     with plan.load(progress=not quiet) as loaded:
         if as_json:
@@ -53,8 +53,12 @@ def _document(answer: Any) -> dict[str, Any]:
 
 
 def _print_all(run: Any) -> bool:
-    """Several sequences, one after the other, a line between them."""
-    for _ in run:
-        pass
+    """Several sequences, one after the other, a line between them; False if Ctrl-C ended it."""
+    finished = True
+    try:
+        for _ in run:
+            pass
+    except KeyboardInterrupt:
+        finished = False
     click.echo("\n---\n".join(result.text for result in run.results()))
-    return True
+    return finished
