@@ -135,6 +135,8 @@ class Architecture(Component):
 
 @frozen(kw_only=True)
 class QuantizerCapabilities:
+    """What a quantizer can do."""
+
     devices: frozenset[str] = field(converter=_names)  # device types
     dtypes: frozenset[str] = field(converter=_names)  # compute dtypes
     reads: frozenset[str] = field(converter=_names)  # checkpoint schemes: "none" for plain weights, "bitsandbytes_nf4", ...
@@ -151,6 +153,8 @@ class Quantizer(Component):
 
 @frozen(kw_only=True)
 class AttentionCapabilities:
+    """What an attention kernel can do."""
+
     devices: frozenset[str] = field(converter=_names)
     dtypes: frozenset[str] = field(converter=_names)
     head_dims: Range = Range(1, 65536)
@@ -171,6 +175,8 @@ class AttentionBackend(Component):
 
 @frozen(kw_only=True)
 class CacheCapabilities:
+    """What a cache can hold."""
+
     devices: frozenset[str] = field(converter=_names)
     dtypes: frozenset[str] = field(converter=_names)
     layers: frozenset[str] = field(converter=_names)  # layer kinds it can hold: full, sliding
@@ -187,6 +193,8 @@ class CacheImplementation(Component):
 
 @frozen(kw_only=True)
 class DecoderCapabilities:
+    """What a decoder can do."""
+
     samples: bool = False  # can draw from the distribution, not only take its maximum
     batched: bool = True
 
@@ -201,6 +209,8 @@ class Decoder(Component):
 
 @frozen(kw_only=True)
 class CompilerCapabilities:
+    """What a compiler can compile for."""
+
     devices: frozenset[str] = field(converter=_names)
 
 
@@ -230,7 +240,9 @@ class Planner(Protocol):
 
     Options: type[Any]
 
-    def check(self, need: Any, options: Any) -> Iterable[Reason]: ...
+    def check(self, need: Any, options: Any) -> Iterable[Reason]:
+        """What speaks against serving `need` with `options`."""
+        ...
 
 
 class NoPlanner:
@@ -275,6 +287,8 @@ class SourcePlanner(Protocol):
 
 
 class SourceFetcher(Protocol):
+    """Brings the tensor files of what its planner resolved. Called when a plan is loaded."""
+
     def fetch(self, snapshot: Snapshot, progress: Callable[[int, int], None] | None) -> Snapshot:
         """The same snapshot with every tensor file on disk. `progress` is called with (bytes done, bytes in all)."""
         ...
@@ -318,18 +332,25 @@ class Catalog:
 
     @property
     def total_bytes(self) -> int:
+        """Bytes of all tensors, headers not counted."""
         return sum(entry.nbytes for entry in self.entries.values())
 
 
 class FormatPlanner(Protocol):
+    """Finds and verifies a checkpoint's tensors by their headers."""
+
     def claims(self, snapshot: Snapshot) -> str | None:
         """Why this format recognises the folder (the file it would start from), or None."""
         ...
 
-    def catalog(self, snapshot: Snapshot) -> Catalog: ...
+    def catalog(self, snapshot: Snapshot) -> Catalog:
+        """Every tensor with its verified byte range. Raises `FormatError`, `IndexFileError`, `FileError`."""
+        ...
 
 
 class FormatReader(Protocol):
+    """Makes tensors of bytes."""
+
     def decode(self, data: Tensor, entry: TensorEntry) -> Tensor:
         """`data` is uint8 [entry.nbytes], a view of the file → `entry.shape` of `entry.dtype`, a view where it can be one.
 
@@ -388,12 +409,16 @@ class ModelFacts:
 
 
 class ArchitecturePlanner(Protocol):
+    """Knows a model family without torch."""
+
     def describe(self, config: Mapping[str, Any], catalog: Catalog, path: Path) -> ModelFacts:
         """Facts from config.json (at `path`, for messages) and headers. Raises `ConfigError` with every problem it finds."""
         ...
 
 
 class ModuleBuilder(Protocol):
+    """Builds what its planner described."""
+
     def build(self, facts: ModelFacts, context: Any) -> nn.Module:
         """The module on the meta device, parameter names as in `facts`. `context` is a `modelrig.modules.BuildContext`.
 
@@ -468,12 +493,16 @@ class AttentionKernel(Protocol):
 
 
 class CachePlanner(Protocol):
+    """Counts a cache's bytes."""
+
     def nbytes(self, layers: Sequence[AttentionSpec], batch: int, context: int, dtype: str, options: Any) -> int:
         """Bytes of keys and values when `context` tokens of `batch` rows are held: what the cache's `nbytes` measures then."""
         ...
 
 
 class LayerCache(Protocol):
+    """Keys and values of one layer."""
+
     def update(self, k: Tensor, v: Tensor, slots: Slots) -> tuple[Tensor, Tensor]:
         """Store k, v [batch, kv_heads, count, dim] of this step; returns what the step's queries may attend to, these included."""
         ...
@@ -495,7 +524,9 @@ class Cache(Protocol):
         ...
 
     @property
-    def nbytes(self) -> int: ...
+    def nbytes(self) -> int:
+        """Bytes of keys and values that are allocated."""
+        ...
 
     def begin(self, count: int) -> Slots:
         """Reserve `count` slots. Raises `CacheError` (CA-FULL) when they do not fit."""
@@ -509,10 +540,14 @@ class Cache(Protocol):
         """Forget everything after the first `to` tokens. Raises `CacheError` (CA-REWIND) when that is beyond what is kept."""
         ...
 
-    def reset(self, padding: Sequence[int] | None = None) -> None: ...
+    def reset(self, padding: Sequence[int] | None = None) -> None:
+        """Forget everything; `padding` is that of the rows to come. What is allocated stays."""
+        ...
 
 
 class CacheMaker(Protocol):
+    """Makes caches."""
+
     def create(
         self,
         layers: Sequence[AttentionSpec],
@@ -523,7 +558,12 @@ class CacheMaker(Protocol):
         device: Any,
         padding: Sequence[int] | None = None,
         options: Any = None,
-    ) -> Cache: ...
+    ) -> Cache:
+        """An empty cache for `batch` rows of up to `capacity` tokens; one of `Cache.layers` for each of `layers`.
+
+        `dtype` and `device` are torch's, `options` the planner's `Options`. Raises `CacheError` (CA-ARGS) for impossible sizes.
+        """
+        ...
 
 
 # ------------------------------------------------------------------------------------------------ decoders
@@ -542,6 +582,8 @@ class DecoderRun(Protocol):
 
 
 class DecoderMaker(Protocol):
+    """Opens a decoder for each generation call."""
+
     def open(self, batch: int, sampler: Any, options: Any) -> DecoderRun:
         """`sampler(logits [batch, vocab]) -> ids [batch]` draws as the call's options say (argmax without a temperature)."""
         ...
@@ -551,6 +593,8 @@ class DecoderMaker(Protocol):
 
 
 class StepCompiler(Protocol):
+    """Compiles what every token passes through."""
+
     def compile(self, step: Callable[..., Any], options: Any) -> Callable[..., Any]:
         """A callable that does what `step(ids, slots, last_only)` does."""
         ...

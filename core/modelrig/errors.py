@@ -111,6 +111,7 @@ class ModelrigError(Exception):
         return _rebuild, (type(self), self.__dict__)
 
     def to_json(self) -> dict[str, Any]:
+        """The error for machines: its class, code, place, reason and hint."""
         return {
             "error": type(self).__name__,
             "code": self.code,
@@ -318,7 +319,6 @@ CODES: dict[str, str] = {
     "PN-REFUSED": "a component that was asked for cannot serve",
     "PN-NONE": "no combination of components fits",
     "PN-DEVICE": "a device that is not there",
-    "PN-VETO": "a review plugin vetoed the plan",
     "RL-MEM": "more memory needed than there is",
     # plugins
     "PL-IMPORT": "a plugin or component cannot be imported",

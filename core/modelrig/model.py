@@ -152,6 +152,7 @@ class Model:
 
     @property
     def module(self) -> nn.Module:
+        """The torch module. Raises `LoadError` (LD-CLOSED) after `close`."""
         if self._module is None:
             raise LoadError("LD-CLOSED", "the model was closed")
         return self._module

@@ -126,6 +126,11 @@ def test_a_full_id_of_a_broken_plugin_says_what_is_wrong_with_it():
     assert ("PL-HOOK", "modelrig plugins show beta/beta has the traceback") == (caught.value.code, caught.value.hint)
 
 
+def test_a_short_name_is_not_answered_with_a_full_id_that_looks_alike():
+    with pytest.raises(RequestError, match="no component of kind formats is called 'acme_np'; installed: npz"):
+        registry(component()).find("formats", "acme_np")
+
+
 @pytest.mark.parametrize(
     ("name", "texts"),
     [

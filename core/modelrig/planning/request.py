@@ -37,7 +37,10 @@ CONFIG_FILE = "modelrig.toml"
 MAX_CONFIG_BYTES = 1 << 20
 PREFIX = "MODELRIG_"
 #: variables of ours that are no request keys, so that a misspelt key is told from them
-OTHER_VARIABLES = ("PLUGINS", "DEBUG")
+OTHER_VARIABLES = {
+    "PLUGINS": "plugins from outside that may be imported, by name; set and empty, only our own",
+    "DEBUG": "1: the command line shows the traceback of an error",
+}
 
 ARGUMENT, DEFAULT = "argument", "default"
 ANYTHING, NO_PART = Wish(), Wish((NOTHING,), otherwise=False)

@@ -195,6 +195,7 @@ def options_of_slots(slots: Sequence[str]) -> Callable[[Any], dict[str, dict[str
     """A parser of `{"quantizer.group_size": 64}` into `{"quantizer": {"group_size": 64}}`."""
 
     def parse(value: Any) -> dict[str, dict[str, Any]]:
+        """A table from `<slot>.<option>` to the option's value."""
         if not isinstance(value, Mapping):
             raise ValueError(f"{quoted(value)}; a table such as {{'quantizer.group_size': 64}} is accepted")
         options: dict[str, dict[str, Any]] = {}

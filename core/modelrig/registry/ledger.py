@@ -67,6 +67,7 @@ class PluginRow:
         return PluginError(self.code or "PL-IMPORT", text, plugin=self.plugin, distribution=self.distribution, hint=hint)
 
     def to_json(self) -> dict[str, Any]:
+        """The row for machines, as `modelrig plugins --json` prints it."""
         return {
             "id": self.id,
             "plugin": self.plugin,
@@ -240,7 +241,7 @@ class Registry:
 
     def _unknown(self, kind: str, name: str) -> RequestError:
         there = self.components(kind)
-        known = [known for component in there for known in (component.name, component.id)]
+        known = [component.id if ":" in name else component.name for component in there]
         parts = [f"no component of kind {kind} is called {quoted(name)}{nearest(name, known)}"]
         parts.append("installed: " + (", ".join(dict.fromkeys(map(_labelled, there))) or "none"))
         elsewhere = sorted({other for other, all_ in self._components.items() for c in all_ if name in (c.name, c.id)})
