@@ -13,6 +13,7 @@ import modelrig
 from checkpoints import write_llama
 from modelrig.components import Parameter
 from modelrig.errors import PlanError
+from modelrig.modules.linear import Linear
 from modelrig.planning.environment import read_environment
 from modelrig.planning.pipeline import make_plan
 from modelrig_plugins.quantizers.none import NoneOptions, NonePlanner
@@ -89,16 +90,17 @@ def test_without_room_nothing_is_packed() -> None:
 
 
 @packs
-def test_packed_generation_gives_the_tokens_of_the_mapped_weights_and_drops_their_pages(tmp_path: Path) -> None:
+def test_packed_weights_compute_what_the_mapped_ones_do_and_leave_the_parameters_alone(tmp_path: Path) -> None:
     write_llama(tmp_path, dtype="bfloat16")
-    prompt = [3, 1, 4, 1, 5, 9, 2, 6]
+    ids = torch.randint(0, 97, (2, 21), generator=torch.Generator().manual_seed(0))
     with modelrig.load(tmp_path, set={"quantizer.kernel": "linear"}) as plain:
-        expected = plain.generate(prompt, max_new_tokens=90).tokens
+        expected = plain(ids)
+        stored = {name: parameter.clone() for name, parameter in plain.module.state_dict().items()}
     with modelrig.load(tmp_path, set={"quantizer.kernel": "packed"}) as model:
-        assert expected == model.generate(prompt, max_new_tokens=90).tokens
-        assert all(linear.kernel.packed is not None for linear in model.module.modules() if hasattr(linear, "kernel"))
-        # the parameters are still what the file says
-        stored = modelrig.load(tmp_path).module.state_dict()
+        model.generate([3, 1, 4, 1, 5], max_new_tokens=90)
+        kernels = [module.kernel for module in model.module.modules() if isinstance(module, Linear)]
+        assert all(kernel.packed is not None for kernel in kernels)
+        torch.testing.assert_close(expected, model(ids), rtol=0.05, atol=0.02 * expected.abs().max().item())
         for name, parameter in model.module.state_dict().items():
             assert torch.equal(stored[name], parameter)
 
