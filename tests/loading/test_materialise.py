@@ -386,7 +386,7 @@ def test_a_wrong_tokenizer_is_found_before_weights_are_read(folder: Path) -> Non
     assert [] == calls
 
 
-# ------------------------------------------------------------------------------------------------ builders that break their contract
+# ------------------------------------------------------------------------------------------------ builders gone wrong
 
 
 class Builder:
