@@ -253,7 +253,8 @@ class Model:
     def _forward(self, ids: Tensor, cache: Cache | None, padding: Sequence[int] | None) -> Tensor:
         import torch
 
-        from modelrig.modules.slots import begin, uncached_slots
+        from modelrig.generation.caches import begin
+        from modelrig.modules.slots import uncached_slots
 
         batch, count = ids.shape
         if cache is None:

@@ -1,4 +1,4 @@
-"""The caches that `generate` works in: one is kept between calls, so that its buffers stay where they are."""
+"""The caches that calls work in: one is kept between calls of `generate`, so that its buffers stay where they are."""
 
 from __future__ import annotations
 
@@ -6,13 +6,22 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+import torch
+
 from modelrig.errors import ResourceLimitError
 
 if TYPE_CHECKING:
     from modelrig.components import Cache
+    from modelrig.modules.slots import Slots
     from modelrig.planning.plan import RigPlan
 
 logger = logging.getLogger(__name__)
+
+
+def begin(cache: Cache, count: int) -> Slots:
+    """`cache.begin(count)` from code that may run in inference mode: what the cache makes there must serve outside of it too."""
+    with torch.inference_mode(False):
+        return cache.begin(count)
 
 
 class CachePool:

@@ -12,11 +12,11 @@ from attrs import define, frozen
 from torch import Tensor
 
 from modelrig.errors import GenerateError, PluginError
+from modelrig.generation.caches import begin
 from modelrig.generation.detokenizer import Detokenizer
 from modelrig.generation.options import GenerateOptions
 from modelrig.generation.sampling import Sampler
 from modelrig.generation.stops import StopStrings
-from modelrig.modules.slots import begin
 
 if TYPE_CHECKING:
     from modelrig.components import Cache, DecoderMaker

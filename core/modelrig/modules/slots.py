@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from modelrig.components import AttentionSpec, Cache, LayerCache
+    from modelrig.components import AttentionSpec, LayerCache
 
 
 class Visibility(NamedTuple):
@@ -72,12 +72,6 @@ class Slots:
         if torch.compiler.is_compiling():
             return Visibility(self.index, self.key_index, self.starts, spec.window, spec.causal, None)
         return Visibility(self.index, self.key_index[: self.end], self.starts, spec.window, spec.causal, self.past)
-
-
-def begin(cache: Cache, count: int) -> Slots:
-    """`cache.begin(count)` from code that may run in inference mode: what the cache makes there must serve outside of it too."""
-    with torch.inference_mode(False):
-        return cache.begin(count)
 
 
 class _NoLayer:
