@@ -442,6 +442,7 @@ class TensorSpec:
 
     @property
     def nbytes(self) -> int:
+        """Its bytes, packed."""
         elements = 1
         for size in self.shape:
             elements *= size
