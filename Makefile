@@ -1,6 +1,7 @@
 # make demo    set up, then plan, load and generate with the bundled model
 # make test    set up, then run the tests
 # make check   set up, then lint, types, architecture
+# make docs    write docs/reference and the outputs shown in pages anew
 # make bench   compare with transformers on this machine (long; run it on a quiet machine)
 # make tiny    train the bundled model again (half an hour)
 
@@ -32,6 +33,7 @@ bench: $(VENV)/.dev
 
 docs: $(VENV)/.dev
 	$(BIN)/python docs/generate.py
+	$(BIN)/python tests/documents.py
 
 tiny: $(VENV)/.dev
 	$(BIN)/python examples/train_tiny.py --out plugins/modelrig_plugins/sources/bundled_models/tiny

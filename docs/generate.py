@@ -3,54 +3,65 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import attrs
-import click
 from click.testing import CliRunner
 
+import modelrig
 from modelrig import errors, hookspecs
-from modelrig.cli import main as program
-from modelrig.components import DESCRIPTORS, KINDS
+from modelrig.cli import COMMANDS, group
+from modelrig.components import DESCRIPTORS, KINDS, SLOTS
+from modelrig.generation.loop import Generation, Piece, Stats
 from modelrig.generation.options import GenerateOptions
-from modelrig.registry import Registry, current
+from modelrig.generation.session import Session
+from modelrig.planning.plan import RigPlan
+from modelrig.planning.request import OTHER_VARIABLES, PARSERS, PREFIX, Request
+from modelrig.planning.rules import RULES, SINGULAR
+from modelrig.registry import PluginRow, current
 
 REFERENCE = Path(__file__).parent / "reference"
 NOTE = "<!-- Written by docs/generate.py (make docs); changes here are lost. -->\n"
 
 
+def table(*rows: tuple[str, ...]) -> str:
+    """A table; the first row is its head."""
+    head, *body = rows
+    lines = (head, ("---",) * len(head), *body)
+    return (
+        "\n".join("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line) + " |" for line in lines) + "\n"
+    )
+
+
 def errors_page() -> str:
-    tree = inspect.getdoc(errors).split("\n\nCodes are")[0].partition("\n\n")[2]
-    rows = "\n".join(f"| `{code}` | {meaning} |" for code, meaning in errors.CODES.items())
+    _, _, tree = (inspect.getdoc(errors) or "").partition("\n\n")
+    drawn, _, _ = tree.partition("\n\nCodes are")
+    rows = ((f"`{code}`", meaning) for code, meaning in errors.CODES.items())
     return (
         f"# Errors\n\n{NOTE}\nEvery error raised on purpose is a class of `modelrig.errors` with a stable code.\n\n"
-        f"```text\n{inspect.cleandoc(tree)}\n```\n\n| code | meaning |\n| --- | --- |\n{rows}\n"
+        f"```text\n{inspect.cleandoc(drawn)}\n```\n\n{table(('code', 'meaning'), *rows)}"
     )
 
 
 def hooks_page() -> str:
-    parts = [f"# Hooks\n\n{NOTE}\n{inspect.getdoc(hookspecs)}\n"]
+    introduction, _, example = (inspect.getdoc(hookspecs) or "").partition("\n    MODELRIG_API")
+    parts = [f"# Hooks\n\n{NOTE}\n{_fenced(introduction + chr(10) + '    MODELRIG_API' + example)}\n"]
     for kind in KINDS:
         hook = getattr(hookspecs, f"modelrig_{kind}")
-        text, _, example = inspect.getdoc(hook).partition("Example:\n")
-        signature = str(inspect.signature(hook)).replace("'", "")
-        parts.append(f"## `modelrig_{kind}{signature}`\n\n{text.strip()}\n\n```python\n{inspect.cleandoc(example)}\n```\n")
+        text, _, example = (inspect.getdoc(hook) or "").partition("Example:\n")
+        parts.append(f"## `modelrig_{kind}{_signature(hook)}`\n\n{text.strip()}\n\n```python\n{inspect.cleandoc(example)}\n```\n")
     return "\n".join(parts)
 
 
 def components_page() -> str:
     parts = [f"# Components\n\n{NOTE}\nWhat ships with Modelrig; `modelrig plugins` lists what is installed on your machine.\n"]
-    registry: Registry = current()
     for kind in KINDS:
-        rows = [
-            f"| `{one.name}` | {one.summary} | {_tokens(one.offers)} | {_needs(one.needs)} |"
-            for one in (found.descriptor for found in registry.components(kind) if found.is_ours)
-        ]
-        described = inspect.getdoc(DESCRIPTORS[kind]).splitlines()[0]
-        parts.append(
-            f"## {kind}\n\n{described}\n\n| name | what | offers | needs |\n| --- | --- | --- | --- |\n" + "\n".join(rows) + "\n"
-        )
+        ours = (one.descriptor for one in current().components(kind) if one.is_ours)
+        rows = ((f"`{one.name}`", one.summary, _tokens(one.offers), _needs(one.needs)) for one in ours)
+        described = (inspect.getdoc(DESCRIPTORS[kind]) or "").splitlines()[0]
+        parts.append(f"## {kind}\n\n{described}\n\n{table(('name', 'what', 'offers', 'needs'), *rows)}")
     return "\n".join(parts)
 
 
@@ -58,49 +69,182 @@ def _tokens(tokens: frozenset[str]) -> str:
     return ", ".join(f"`{token}`" for token in sorted(tokens))
 
 
-def _needs(needs: dict[str, frozenset[str]]) -> str:
+def _needs(needs: Mapping[str, frozenset[str]]) -> str:
     return "; ".join(f"of {kind}: {_tokens(tokens)}" for kind, tokens in needs.items())
 
 
 def generation_page() -> str:
-    rows = "\n".join(
-        f"| `{field.name}` | {field.default!r} | {field.metadata['accepts']} | {field.metadata['help']} |"
-        for field in attrs.fields(GenerateOptions)
-    )
+    fields = attrs.fields(GenerateOptions)
+    rows = ((f"`{one.name}`", f"`{one.default!r}`", one.metadata["accepts"], one.metadata["help"]) for one in fields)
     return (
         f"# Options of generate\n\n{NOTE}\n`model.generate`, `model.stream`, `session.generate` and `session.send` take them by "
-        "name; the command line with dashes (`--max-new-tokens`).\n\n"
-        f"| option | default | accepts | meaning |\n| --- | --- | --- | --- |\n{rows}\n"
+        "name; the command line with dashes (`--max-new-tokens`).\n\n" + table(("option", "default", "accepts", "meaning"), *rows)
     )
 
 
 def cli_page() -> str:
-    runner = CliRunner()
-    parts = [f"# Command line\n\n{NOTE}\n"]
-    group = program.group if hasattr(program, "group") else _group()
-    context = click.Context(group, info_name="modelrig")
-    for name in ["", *group.list_commands(context)]:
-        shown = runner.invoke(group, [*name.split(), "--help"], prog_name="modelrig", terminal_width=100, max_content_width=100)
-        parts.append(f"## modelrig{' ' + name if name else ''}\n\n```text\n{shown.output.strip()}\n```\n")
+    shown = {name: _help(name) for name in ("", *COMMANDS)}
+    return f"# Command line\n\n{NOTE}\n" + "\n".join(
+        f"## modelrig{' ' + name if name else ''}\n\n```text\n{text}\n```\n" for name, text in shown.items()
+    )
+
+
+def _help(command: str) -> str:
+    arguments, name = [*command.split(), "--help"], "modelrig"
+    return CliRunner().invoke(group, arguments, prog_name=name, terminal_width=100, max_content_width=100).output.strip()
+
+
+#: request key → what it decides; what a value may be is said by its parser
+DECIDES = {
+    **{slot: f"the component of kind {kind}" for slot, kind in SLOTS.items()},
+    "device_map": "where the model lives",
+    "dtype": "what it computes in",
+    "context": "the longest sequence planned for",
+    "batch": "sequences planned for",
+    "max_memory": "bytes the plan may take",
+    "prefer": "components that come first where `auto` chooses",
+    "disable": "plugins (`plugin`) and components (`plugin:name`) that are switched off before they are imported",
+    "set": "options of the chosen components",
+}
+#: variables that other software defines and Modelrig honours
+FOREIGN_VARIABLES = {
+    "HF_HOME": "where the hub's library keeps its cache, token and settings",
+    "HF_HUB_CACHE": "where the cache alone is",
+    "HF_HUB_OFFLINE": "1: ask for nothing over the network",
+    "HF_TOKEN": "the token for gated and private models",
+    "HF_ENDPOINT": "another server than the hub's own",
+    "CUDA_VISIBLE_DEVICES": "the GPUs that are there for this process",
+    "OMP_NUM_THREADS": "threads torch computes with on the CPU",
+    "THP_MEM_ALLOC_ENABLE": "whether torch asks for huge pages; set to 1 by loading unless it is set",
+}
+
+
+def configuration_page() -> str:
+    defaults = {one.name: one.default for one in attrs.fields(Request)}
+    rows = (
+        (
+            f"`{key}`",
+            f"`{PREFIX}{key.upper()}`",
+            DECIDES[key],
+            (inspect.getdoc(read) or "").split("\n\n")[0],
+            _default(defaults.get(key)),
+        )
+        for key, read in PARSERS.items()
+    )
+    others = ((f"`{PREFIX}{name}`", meaning) for name, meaning in OTHER_VARIABLES.items())
+    foreign = ((f"`{name}`", meaning) for name, meaning in FOREIGN_VARIABLES.items())
+    return (
+        f"# Configuration and environment\n\n{NOTE}\n"
+        "The keys of a request: arguments of `modelrig.plan` and `modelrig.load`, keys of `modelrig.toml`, and environment "
+        "variables. "
+        "Arguments win over variables, variables over the file, the file over the defaults. On the command line they are "
+        "flags (`--device-map`); [how to use them](../how-to/select-parts-by-config.md).\n\n"
+        f"{table(('key', 'variable', 'decides', 'accepts', 'default'), *rows)}\n"
+        'A variable holds TOML (`64`, `true`, `["a", "b"]`, `{name = "none"}`) or plain text; lists of names may be written `a,b`. '
+        "One that is empty counts as not set, and an unknown one that begins with `MODELRIG_` is an error.\n\n"
+        f"## Other variables of ours\n\n{table(('variable', 'meaning'), *others)}\n"
+        f"## Variables of others that are honoured\n\n{table(('variable', 'meaning'), *foreign)}"
+    )
+
+
+def _default(value: Any) -> str:
+    made = value.factory() if isinstance(value, attrs.Factory) else value  # type: ignore[arg-type]
+    plain = made.to_json() if hasattr(made, "to_json") else made
+    return f"`{plain}`" if plain else ""
+
+
+#: the first part of reason codes that no rule of the table has, and what they mean
+OTHER_REASONS = {
+    "auto.order": "it fits too; another one comes first",
+    "auto.optional": "it fits, but needs an optional package, and `auto` takes nothing of that sort while something else fits",
+    "auto.outside": "it fits, but is not ours, and `auto` takes nothing from outside while something else fits",
+    "auto.lossy": "`auto` never makes a model lossier than the checkpoint is",
+    "request.pinned": "another component was asked for by name",
+    "request.excluded": "it was excluded (`!name`)",
+    "request.unknown": "a name of an ordered wish that nothing installed has",
+    "plugin.STATE": "its plugin is not active; STATE is its state in `modelrig plugins`",
+    "plugin.failed": "its planner raised something",
+    "KIND.options": "the options given do not suit it",
+    "KIND.needs": "it needs something of a kind that there is not",
+    "KIND.link.OTHER": "it does not fit beside the component of kind OTHER: one needs what the other does not offer",
+}
+
+
+def reasons_page() -> str:
+    rules = ((f"`{rule.code}`", rule.kind, rule.text) for rule in RULES)
+    others = ((f"`{code}`", meaning) for code, meaning in OTHER_REASONS.items())
+    singular = ", ".join(f"`{SINGULAR[kind]}`" for kind in SLOTS.values())
+    return (
+        f"# Reasons of refusals\n\n{NOTE}\nWhy a component was not chosen, by the code at the end of a reason in a plan. "
+        f"[Debug a refusal](../how-to/debug-a-refusal.md) shows where they stand.\n\n"
+        f"## Needs that a capability does not meet\n\n{table(('code', 'kind', 'what is said'), *rules)}\n"
+        f"## The rest\n\nKIND and OTHER stand for {singular}.\n\n{table(('code', 'meaning'), *others)}\n"
+        "A component's own planner may give further reasons; their codes begin with the kind too.\n"
+    )
+
+
+def python_page() -> str:
+    parts = [
+        f"# Python\n\n{NOTE}\nWhat `import modelrig` offers, and the objects it hands out. Names are imported at first use: "
+        "neither torch nor a plugin is before it is needed.\n"
+    ]
+    parts += [_function(f"modelrig.{name}", getattr(modelrig, name)) for name in ("plan", "load", "plugins", "register")]
+    for shown in (modelrig.Plan, modelrig.Model, Session, Generation, Stats, Piece, PluginRow):
+        described = inspect.getdoc(RigPlan if issubclass(shown, RigPlan) else shown) or ""
+        fields = ", ".join(f"`{one.name}`" for one in attrs.fields(shown)) if attrs.has(shown) else ""
+        parts += [f"## {shown.__name__}\n\n{_fenced(described)}\n" + (f"\nAttributes in order: {fields}.\n" if fields else "")]
+        parts += list(_members(shown))
     return "\n".join(parts)
 
 
-def _group() -> click.Group:
-    from modelrig import cli
+def _members(shown: type) -> Iterator[str]:
+    inherited = vars(RigPlan) if issubclass(shown, RigPlan) else {}
+    me = shown.__name__.lower()
+    for name, member in {**inherited, **vars(shown)}.items():
+        if name.startswith("_") and name != "__call__":
+            continue
+        if inspect.isfunction(member):
+            yield _function(me if name == "__call__" else f"{me}.{name}", member, level=3)
+        elif isinstance(member, property):
+            yield f"### `{me}.{name}`\n\n{_fenced(inspect.getdoc(member) or '')}\n"
 
-    return next(value for value in vars(cli).values() if isinstance(value, click.Group))
+
+def _function(name: str, function: Callable[..., Any], level: int = 2) -> str:
+    return f"{'#' * level} `{name}{_signature(function)}`\n\n{_fenced(inspect.getdoc(function) or '')}\n"
+
+
+def _signature(function: Callable[..., Any]) -> str:
+    signature = inspect.signature(function)
+    parameters = [one for one in signature.parameters.values() if one.name != "self"]
+    return str(signature.replace(parameters=parameters)).replace("'", "")
+
+
+def _fenced(text: str) -> str:
+    """A docstring as Markdown: its indented parts (examples, tables of arguments) as they are."""
+    out: list[str] = []
+    is_open = False
+    for line in text.splitlines():
+        if line.startswith("    ") != is_open and line.strip():
+            out.append("```" if is_open else "```text")
+            is_open = not is_open
+        out.append(line.removeprefix("    ") if is_open else line)
+    return "\n".join([*out, "```"] if is_open else out).replace("\n\n```\n", "\n```\n\n")
 
 
 PAGES: dict[str, Callable[[], str]] = {
-    "errors.md": errors_page,
-    "hooks.md": hooks_page,
-    "components.md": components_page,
-    "generation.md": generation_page,
     "cli.md": cli_page,
+    "components.md": components_page,
+    "configuration.md": configuration_page,
+    "errors.md": errors_page,
+    "generation.md": generation_page,
+    "hooks.md": hooks_page,
+    "python.md": python_page,
+    "reasons.md": reasons_page,
 }
 
 
 def main() -> None:
+    REFERENCE.mkdir(exist_ok=True)
     for name, page in PAGES.items():
         (REFERENCE / name).write_text(page(), encoding="utf-8")
 
