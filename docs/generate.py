@@ -20,7 +20,7 @@ from modelrig.generation.session import Session
 from modelrig.planning.plan import RigPlan
 from modelrig.planning.request import OTHER_VARIABLES, PARSERS, PREFIX, Request
 from modelrig.planning.rules import RULES, SINGULAR
-from modelrig.registry import PluginRow, current
+from modelrig.registry import PluginRow, Registered, current
 
 REFERENCE = Path(__file__).parent / "reference"
 NOTE = "<!-- Written by docs/generate.py (make docs); changes here are lost. -->\n"
@@ -58,11 +58,23 @@ def hooks_page() -> str:
 def components_page() -> str:
     parts = [f"# Components\n\n{NOTE}\nWhat ships with Modelrig; `modelrig plugins` lists what is installed on your machine.\n"]
     for kind in KINDS:
-        ours = (one.descriptor for one in current().components(kind) if one.is_ours)
-        rows = ((f"`{one.name}`", one.summary, _tokens(one.offers), _needs(one.needs)) for one in ours)
+        ours = [one for one in current().components(kind) if one.is_ours]
+        rows = (
+            (f"`{one.name}`", one.descriptor.summary, _tokens(one.descriptor.offers), _needs(one.descriptor.needs)) for one in ours
+        )
         described = (inspect.getdoc(DESCRIPTORS[kind]) or "").splitlines()[0]
         parts.append(f"## {kind}\n\n{described}\n\n{table(('name', 'what', 'offers', 'needs'), *rows)}")
+        parts += [text for one in ours if (text := _options(one))]
     return "\n".join(parts)
+
+
+def _options(component: Registered) -> str:
+    """What `--set` may set of a component."""
+    made = getattr(component.planner(), "Options", None)
+    if made is None:
+        return ""
+    fields = ", ".join(f"`{one.name} = {one.default!r}`" for one in attrs.fields(made))
+    return f"Options of `{component.name}`: {fields}. {' '.join((inspect.getdoc(made) or '').split())}\n"
 
 
 def _tokens(tokens: frozenset[str]) -> str:
