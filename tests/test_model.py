@@ -471,7 +471,7 @@ def test_threads_give_what_one_thread_gives(llama_folder: Path, kind: str) -> No
                 assert all(expected[at] == found for at, found in results)
 
 
-# ------------------------------------------------------------------------------------------------ closed, without a tokenizer, wrong
+# ------------------------------------------------------------------------------------------------ closed, without text, wrong
 
 
 def test_a_closed_model_says_so(own: modelrig.Model) -> None:
