@@ -3,15 +3,18 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from attrs import evolve
 
 import rigs
-from modelrig.components import Catalog, ModelFacts, Parameter, TensorEntry, TensorSpec
+from modelrig.components import Catalog, ModelFacts, Parameter, TensorEntry, TensorFile, TensorSpec
+from modelrig.planning import ledger as ledger_module
 from modelrig.planning.ledger import (
     ACTIVATIONS,
     CACHE,
     GPU_CONTEXT,
     MAPPED,
     MOMENTS,
+    PIECE_BYTES,
     PREFILL_TOKENS,
     STAGING,
     WEIGHTS,
@@ -50,6 +53,22 @@ def test_another_dtype_or_a_gpu_needs_memory_and_a_place_to_convert() -> None:
     moved = weigh(facts(), stored(facts()), rigs.Plain, None, "float32", "cuda:0")
     assert Weights(mapped=0, allocated=EMBED + 2 * UP, staging=UP // 2) == cast
     assert Weights(mapped=0, allocated=EMBED + 2 * UP, staging=UP) == moved
+
+
+def test_plain_tensors_are_converted_in_parts() -> None:
+    from modelrig.loading import materialise
+
+    wide = facts(parameters=(Parameter("embed", (50_000, 64), "embedding", "embed"),), ties={})
+    cast = weigh(wide, stored(wide, "bfloat16"), rigs.Plain, None, "float32", "cpu")
+    assert materialise.PIECE_BYTES == PIECE_BYTES == cast.staging < 50_000 * 64 * 2
+
+
+def test_files_on_a_network_are_read_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = (TensorFile("model.safetensors", Path("/mnt/model.safetensors"), 1, None),)
+    catalog = evolve(stored(facts()), files=files)
+    monkeypatch.setattr(ledger_module, "is_on_network", lambda path: path == files[0].path)
+    weights = weigh(facts(), catalog, rigs.Plain, None, "float32", "cpu")
+    assert (0, EMBED + 2 * UP) == (weights.mapped, weights.allocated)
 
 
 def test_a_tensor_at_an_odd_address_is_copied() -> None:

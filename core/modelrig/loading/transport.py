@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import mmap
 import os
-import re
 import threading
 import weakref
-from pathlib import Path
 from types import TracebackType
 
 import numpy as np
@@ -20,13 +18,11 @@ import torch
 from torch import Tensor
 
 from modelrig.checkpoint.files import identity, open_regular
+from modelrig.checkpoint.mounts import is_on_network
 from modelrig.components import TensorEntry, TensorFile
 from modelrig.errors import FileError
 
 READ_SIZE = 16 << 20
-NETWORK_FILE_SYSTEMS = (
-    "nfs", "nfs4", "cifs", "smb3", "smbfs", "lustre", "ceph", "gpfs", "glusterfs", "9p", "beegfs", "afs", "fuse",
-)  # fmt: skip
 
 
 class TensorFileReader:
@@ -154,28 +150,3 @@ def _is_written(address: int, size: int) -> bool:
         return True
     pages = np.frombuffer(raw, dtype=np.uint64)  # bits 63 and 62: in memory, in swap; bit 61: a page of the file
     return bool(((pages >> np.uint64(62) != 0) & (pages >> np.uint64(61) & np.uint64(1) == 0)).any())
-
-
-# ------------------------------------------------------------------------------------------------ file systems
-
-
-def is_on_network(path: Path) -> bool:
-    """Whether the file system that holds `path` is a network or user-space one."""
-    mounts = _mounts()
-    real = Path(path).resolve()
-    kind = next((mounts[str(folder)] for folder in (real, *real.parents) if str(folder) in mounts), "")
-    return kind.partition(".")[0] in NETWORK_FILE_SYSTEMS
-
-
-def _mounts() -> dict[str, str]:
-    """Mount point → file system type, from the kernel; empty where there is no /proc."""
-    try:
-        lines = os.fsdecode(Path("/proc/self/mountinfo").read_bytes()).splitlines()
-    except OSError:
-        return {}
-    mounts = {}
-    for line in lines:
-        before, _, after = line.partition(" - ")
-        point = re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), before.split(" ")[4])  # a space is written as \040
-        mounts[point] = after.split(" ")[0]
-    return mounts

@@ -17,10 +17,12 @@ from typing import Any
 
 from attrs import frozen
 
+from modelrig.checkpoint.mounts import is_on_network
 from modelrig.components import DTYPE_BITS, AttentionSpec, Catalog, ModelFacts, Parameter, TensorEntry, dtype_bytes
 
 MOMENTS = ("load_peak", "steady", "run")
 PREFILL_TOKENS = 512  # of a prompt per step; `modelrig.generation` runs prompts in such parts
+PIECE_BYTES = 4 << 20  # of a plain tensor read and cast at a time; `modelrig.loading` converts in such parts
 GPU_CONTEXT_BYTES = 500_000_000  # what CUDA takes for itself in each process, roughly
 QUANTIZED_ROLES = ("linear",)
 MULTIPLIED_ROLES = ("linear", "head")
@@ -28,7 +30,7 @@ MULTIPLIED_ROLES = ("linear", "head")
 WEIGHTS = "weights"
 MAPPED = "weights, mapped from their files"
 COPIES = "weights in a kernel's own layout, made while generating"
-STAGING = "the largest tensor while it is converted"
+STAGING = "what is being converted"
 CACHE = "key/value cache"
 ACTIVATIONS = "activations (512 prompt tokens × 4 hidden, 2 feed-forward and all q, k, v widths; logits)"
 GPU_CONTEXT = "GPU context"
@@ -87,7 +89,7 @@ class Weights:
     Attributes:
         mapped: views of their files.
         allocated: everything else.
-        staging: the largest one that is converted.
+        staging: the most of one tensor that is converted at a time: a part of a plain one, the whole of one to quantise.
         copies: what kernels make of them while generating, in a layout of their own.
         replaced: the part of `mapped` whose pages are dropped once there is such a copy.
     """
@@ -104,6 +106,7 @@ def weigh(facts: ModelFacts, catalog: Catalog, quantizer: Any, options: Any, dty
     mapped = allocated = staging = copies = replaced = 0
     on_cpu = device == "cpu"
     copy_of = getattr(quantizer, "copies", None)
+    read_only = {number for number, file in enumerate(catalog.files) if is_on_network(file.path)} if on_cpu else set()
     entries, bits, outputs = catalog.entries, DTYPE_BITS[dtype], quantizer.outputs
     for parameter in facts.parameters:
         copy = 0
@@ -120,12 +123,13 @@ def weigh(facts: ModelFacts, catalog: Catalog, quantizer: Any, options: Any, dty
             size, into = (0, "") if kept is None else (kept.nbytes, kept.dtype)
             beside = sum(spec.nbytes for spec in specs if spec is not kept)
         allocated += beside
-        if on_cpu and entry is not None and _is_view(entry, into, parameter):
+        if on_cpu and entry is not None and entry.file not in read_only and _is_view(entry, into, parameter):
             mapped += size
             replaced += size if copy else 0
-        else:
-            allocated += size
-            staging = max(staging, 0 if entry is None else entry.nbytes)
+            continue
+        allocated += size
+        if entry is not None:
+            staging = max(staging, entry.nbytes if into != dtype or beside else min(entry.nbytes, PIECE_BYTES))
     return Weights(mapped=mapped, allocated=allocated, staging=staging, copies=copies, replaced=replaced)
 
 
