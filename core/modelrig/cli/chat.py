@@ -47,9 +47,9 @@ def command(model: str, request: dict[str, Any], generation: dict[str, Any], sys
 
 def _ask() -> str | None:
     """The next message, or None at the end."""
-    if sys.stdin is not None and sys.stdin.isatty():
-        click.echo("> ", nl=False, err=True)
     try:
+        if sys.stdin is not None and sys.stdin.isatty():
+            click.echo("> ", nl=False, err=True)
         line = read_input(methodcaller("readline"))
     except KeyboardInterrupt:
         click.echo(err=True)
