@@ -114,7 +114,9 @@ def _load(plan: Plan, progress: Callable[[int, int], None] | None) -> Model:
     snapshot, catalog = fetch(plan.snapshot, plan.catalog, parts["sources"], plan.choices["formats"].registered.planner(), progress)
     for kind in ("attention", "quantizers"):  # these two have one object per model
         parts[kind] = parts[kind](plan.choices[kind].options)
-    tokenizer = Tokenizer.from_folder(snapshot.root, plan.facts.vocab_size)  # before the weights: it may be what is wrong
+    tokenizer = Tokenizer.from_folder(
+        snapshot.root, plan.facts.vocab_size, snapshot.link_roots
+    )  # before the weights: it may be what is wrong
     context = BuildContext(parts["attention"], parts["quantizers"], dtype)
     with torch.inference_mode(False):  # parameters made in a caller's inference block would be of no use outside
         module = parts["architectures"].build(plan.facts, context)

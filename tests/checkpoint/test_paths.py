@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modelrig.checkpoint.paths import inside, name_problem
+from modelrig.checkpoint.paths import inside, name_problem, optional
 from modelrig.components import Snapshot
 from modelrig.errors import FileError
 
@@ -58,6 +58,25 @@ def test_links_that_leave_are_refused(folder, target):
     with pytest.raises(FileError) as caught:
         inside(Snapshot(reference="x", root=folder, source="local"), "shard")
     assert ("IO-PATH", str(folder / "shard")) == (caught.value.code, caught.value.path)
+
+
+def test_a_file_in_a_folder_that_is_a_link_out_is_refused_too(folder, tmp_path):
+    (tmp_path / "templates").mkdir()
+    (tmp_path / "templates" / "x.jinja").write_text("outside")
+    (folder / "templates").symlink_to(tmp_path / "templates")
+    for name in ("templates", "templates/x.jinja", "templates/absent"):
+        with pytest.raises(FileError) as caught:
+            inside(Snapshot(reference="x", root=folder, source="local"), name)
+        assert ("IO-PATH", str(folder / name)) == (caught.value.code, caught.value.path)
+
+
+@pytest.mark.parametrize(("target", "is_there"), [(None, False), ("real", True), ("gone", True), ("link", True)])
+def test_an_optional_file_is_absent_only_if_there_is_nothing_of_its_name(folder, target, is_there):
+    (folder / "real").write_text("x")
+    if target is not None:
+        (folder / "link").symlink_to(target)
+    found = optional(Snapshot(reference="x", root=folder, source="local"), "link")
+    assert (folder / "link" if is_there else None) == found
 
 
 def test_a_folder_that_is_itself_reached_by_a_link_is_no_way_out(folder, tmp_path):

@@ -31,10 +31,11 @@ def name_problem(name: str) -> str | None:
 def inside(snapshot: Snapshot, name: str) -> Path:
     """The path of file `name` in the snapshot's folder, which may be a link to somewhere inside it or inside its `link_roots`.
 
-    The file need not exist. Raises `FileError` (IO-PATH) for a link that leads out.
+    Whoever opens a file of a snapshot, tensors or not, asks here for its path. The file need not exist. Raises `FileError`
+    (IO-PATH) for a link that leads out.
     """
     path = snapshot.root / name
-    if not path.is_symlink():
+    if "/" not in name and not path.is_symlink():  # thousands of shards are asked for; a folder on the way may be a link too
         return path
     try:
         target = Path(os.path.realpath(path))
@@ -43,3 +44,9 @@ def inside(snapshot: Snapshot, name: str) -> Path:
     if not any(target.is_relative_to(os.path.realpath(root)) for root in (snapshot.root, *snapshot.link_roots)):
         raise FileError("IO-PATH", "a link that leaves the checkpoint's folder", path=path, hint="put a copy in its place")
     return path
+
+
+def optional(snapshot: Snapshot, name: str) -> Path | None:
+    """`inside`, or None if there is nothing of that name. A link that points to nothing is there: opening it says what is wrong."""
+    path = inside(snapshot, name)
+    return path if os.path.lexists(path) else None

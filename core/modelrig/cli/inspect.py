@@ -41,7 +41,7 @@ def inspect(model: str, config: str | None = None) -> dict[str, Any]:
     """The checkpoint as plain data. No architecture has to know it; one that does adds what it read from the config."""
     from pathlib import Path
 
-    from modelrig.errors import ConfigError, ModelrigError
+    from modelrig.errors import CheckpointError, ModelrigError
     from modelrig.planning.identify import CONFIG, catalog, check_reference, config_notes, describe, read_config, resolve
     from modelrig.planning.request import read_request
     from modelrig.registry import current
@@ -55,7 +55,7 @@ def inspect(model: str, config: str | None = None) -> dict[str, Any]:
         raw = read_config(snapshot)
         architecture, facts = describe(raw, snapshot.root / CONFIG, found, registry)
     except ModelrigError as error:
-        if isinstance(error, ConfigError) and error.code not in ("CF-MISSING", "CF-ARCH"):
+        if isinstance(error, CheckpointError) and error.code not in ("CF-MISSING", "CF-ARCH", "CR-CODE"):
             raise
         notes.append(str(error))
         known = None

@@ -9,11 +9,15 @@ from typing import Any
 from attrs import field, frozen
 
 from modelrig.checkpoint.files import open_regular, read_at
+from modelrig.checkpoint.paths import inside, optional
 from modelrig.checkpoint.strict_json import load_json
+from modelrig.components import Snapshot
 from modelrig.errors import ConfigError, TokenizerError, quoted
 
 MAX_TEMPLATE_BYTES = 1 << 20
+MAX_TEMPLATES = 100
 MAX_DIGITS = 40  # `model_max_length` is often written as int(1e30)
+CONFIG, SPECIAL_TOKENS, OLD_TEMPLATE = "tokenizer_config.json", "special_tokens_map.json", "chat_template.json"
 TEMPLATE_FOLDER = "additional_chat_templates"
 
 
@@ -32,23 +36,23 @@ class SpecialTokens:
     origins: Mapping[str, Path] = field(factory=dict)
 
 
-def read_special_tokens(root: Path) -> SpecialTokens:
-    """Read `tokenizer_config.json`, `special_tokens_map.json` and the chat templates of the folder `root`.
+def read_special_tokens(snapshot: Snapshot) -> SpecialTokens:
+    """Read `tokenizer_config.json`, `special_tokens_map.json` and the chat templates of the snapshot's folder.
 
     Raises:
         TokenizerError: TK-JSON or TK-LIMIT, naming file and key.
-        FileError: something there is not a regular readable file.
+        FileError: something there is not a regular readable file, or a link that leaves the folder.
     """
-    config = _json(root / "tokenizer_config.json")
-    tokens = {**_tokens(root / "special_tokens_map.json"), **_named_tokens(config, root / "tokenizer_config.json")}
+    config, others = _json(snapshot, CONFIG), _json(snapshot, SPECIAL_TOKENS)
+    tokens = {**_named_tokens(others, snapshot.root / SPECIAL_TOKENS), **_named_tokens(config, snapshot.root / CONFIG)}
     templates: dict[str, str] = {}
     origins: dict[str, Path] = {}
-    for name, source, path in _templates(root, config):
+    for name, source, path in _templates(snapshot, config):
         templates[name], origins[name] = source, path
     return SpecialTokens(tokens=tokens, templates=templates, origins=origins)
 
 
-def end_of_text_ids(root: Path, vocab_size: int) -> tuple[int, ...]:
+def end_of_text_ids(snapshot: Snapshot, vocab_size: int) -> tuple[int, ...]:
     """The ids that end a text, as `generation_config.json` says, or else `config.json`; also for a folder without a tokenizer.
 
     Ids a model with `vocab_size` logits cannot produce are left out: they end nothing.
@@ -57,8 +61,8 @@ def end_of_text_ids(root: Path, vocab_size: int) -> tuple[int, ...]:
         ConfigError: CF-TYPE if `eos_token_id` is neither an id nor a list of ids, or what `load_json` finds.
     """
     for name in ("generation_config.json", "config.json"):
-        path = root / name
-        if not path.exists():
+        path = optional(snapshot, name)
+        if path is None:
             continue
         value = load_json(path, error=ConfigError, prefix="CF").get("eos_token_id")
         if value is None:
@@ -73,12 +77,9 @@ def end_of_text_ids(root: Path, vocab_size: int) -> tuple[int, ...]:
     return ()
 
 
-def _json(path: Path) -> dict[str, Any]:
-    return load_json(path, error=TokenizerError, prefix="TK", max_digits=MAX_DIGITS) if path.exists() else {}
-
-
-def _tokens(path: Path) -> dict[str, str]:
-    return _named_tokens(_json(path), path)
+def _json(snapshot: Snapshot, name: str) -> dict[str, Any]:
+    path = optional(snapshot, name)
+    return {} if path is None else load_json(path, error=TokenizerError, prefix="TK", max_digits=MAX_DIGITS)
 
 
 def _named_tokens(values: Mapping[str, Any], path: Path) -> dict[str, str]:
@@ -94,13 +95,10 @@ def _named_tokens(values: Mapping[str, Any], path: Path) -> dict[str, str]:
     return found
 
 
-def _templates(root: Path, config: Mapping[str, Any]) -> Iterator[tuple[str, str, Path]]:
+def _templates(snapshot: Snapshot, config: Mapping[str, Any]) -> Iterator[tuple[str, str, Path]]:
     """(name, source, file) of each chat template; later ones win, and files of their own win over tokenizer_config.json."""
-    for path, values in (
-        (root / "chat_template.json", _json(root / "chat_template.json")),
-        (root / "tokenizer_config.json", config),
-    ):
-        entry = values.get("chat_template")
+    for file, values in ((OLD_TEMPLATE, _json(snapshot, OLD_TEMPLATE)), (CONFIG, config)):
+        path, entry = snapshot.root / file, values.get("chat_template")
         if isinstance(entry, str):
             yield "default", entry, path
         elif isinstance(entry, list) and all(isinstance(item, dict) for item in entry):
@@ -113,11 +111,15 @@ def _templates(root: Path, config: Mapping[str, Any]) -> Iterator[tuple[str, str
             raise TokenizerError(
                 "TK-JSON", "accepted is a template's text, or a list of named templates", path=path, locus="chat_template"
             )
-    if (path := root / "chat_template.jinja").exists():
-        yield "default", _text(path), path
-    if (folder := root / TEMPLATE_FOLDER).is_dir():
-        for path in sorted(folder.glob("*.jinja")):
-            yield path.stem, _text(path), path
+    if (own := optional(snapshot, "chat_template.jinja")) is not None:
+        yield "default", _text(own), own
+    folder = optional(snapshot, TEMPLATE_FOLDER)
+    names = sorted(path.name for path in folder.glob("*.jinja")) if folder is not None else []
+    if len(names) > MAX_TEMPLATES:
+        raise TokenizerError("TK-LIMIT", f"{len(names):,} templates; at most {MAX_TEMPLATES} are accepted", path=folder)
+    for name in names:
+        path = inside(snapshot, f"{TEMPLATE_FOLDER}/{name}")
+        yield path.stem, _text(path), path
 
 
 def _text(path: Path) -> str:

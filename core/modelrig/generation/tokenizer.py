@@ -13,8 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modelrig.checkpoint.files import open_regular, read_at
+from modelrig.checkpoint.paths import optional
+from modelrig.components import Snapshot
 from modelrig.errors import TemplateError, TokenizerError, quoted
 from modelrig.generation.special_tokens import SpecialTokens, end_of_text_ids, read_special_tokens
+from modelrig.generation.tokenizer_growth import require_bounded
 
 if TYPE_CHECKING:
     import tokenizers
@@ -55,20 +58,23 @@ class Tokenizer:
         self.eos_ids = tuple(dict.fromkeys([*eos_ids, *([] if eos is None else [eos])]))
 
     @classmethod
-    def from_folder(cls, root: Path, vocab_size: int) -> Tokenizer | None:
+    def from_folder(cls, root: Path, vocab_size: int, link_roots: Sequence[Path] = ()) -> Tokenizer | None:
         """The tokenizer in `root` for a model with `vocab_size` logits, or None if the folder has no tokenizer files at all.
+
+        `link_roots` are folders outside that links in `root` may point into.
 
         Raises:
             TokenizerError: TK-MISSING for tokenizers in another form than tokenizer.json; TK-LIMIT, TK-JSON, TK-PANIC or TK-VOCAB
                 for files that cannot be used.
             ConfigError, FileError: for the files beside it.
         """
-        path = root / "tokenizer.json"
-        if not path.exists() and not path.is_symlink():
+        snapshot = Snapshot(reference=str(root), root=root, source="", link_roots=tuple(link_roots))
+        path = optional(snapshot, "tokenizer.json")
+        if path is None:
             _refuse_other_forms(root)
             return None
         data = _read(path)
-        special = read_special_tokens(root)
+        special = read_special_tokens(snapshot)
         rust = _load(data, path)
         highest = max(rust.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1], default=("", -1))
         if highest[1] >= vocab_size:
@@ -78,7 +84,7 @@ class Tokenizer:
                 path=path,
                 hint="tokenizer and weights belong to different models",
             )
-        return cls(rust, root, special, end_of_text_ids(root, vocab_size))
+        return cls(rust, root, special, end_of_text_ids(snapshot, vocab_size))
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Ids of `text`. Special tokens are added as tokenizer.json's post-processor says; nothing is truncated or padded.
@@ -194,6 +200,7 @@ def _load(data: bytes, path: Path) -> tokenizers.Tokenizer:
     """Parse and try out: many files that make the library panic do so only when first used."""
     import tokenizers
 
+    require_bounded(data, path)
     with _quiet_stderr(), _panics_typed(path, "reading it"):
         try:
             rust = tokenizers.Tokenizer.from_buffer(data)

@@ -15,6 +15,7 @@ from attrs import frozen
 
 from modelrig.checkpoint.catalog import list_tensor_files
 from modelrig.checkpoint.config import ConfigReader
+from modelrig.checkpoint.paths import inside, optional
 from modelrig.checkpoint.strict_json import load_json
 from modelrig.components import Architecture, Catalog, ModelFacts, Snapshot
 from modelrig.errors import CodeRefused, ConfigError, ModelrigError, PluginError, RequestError, SourceError, nearest, quoted
@@ -106,8 +107,8 @@ def catalog(snapshot: Snapshot, registry: Registry) -> tuple[Identified, Catalog
 
 
 def read_config(snapshot: Snapshot) -> dict[str, Any]:
-    """config.json of the checkpoint. Raises `ConfigError`."""
-    return load_json(snapshot.root / CONFIG, error=ConfigError, prefix="CF")
+    """config.json of the checkpoint. Raises `ConfigError` and `FileError`."""
+    return load_json(inside(snapshot, CONFIG), error=ConfigError, prefix="CF")
 
 
 def identify_architecture(config: Mapping[str, Any], path: Path, registry: Registry) -> Identified:
@@ -129,7 +130,7 @@ def identify_architecture(config: Mapping[str, Any], path: Path, registry: Regis
             (serving if one.state == "active" else others).append(one)
     if serving:
         return _only([Identified(one, f"model_type {model_type!r} in {CONFIG}") for one in serving], f"model_type {model_type!r}")
-    if "auto_map" in config:
+    if config.get("auto_map"):
         raise CodeRefused(
             "CR-CODE",
             f"model_type {quoted(model_type)} is not among {_listed(known)}, and the checkpoint asks for its own code to be run",
@@ -158,7 +159,7 @@ def describe(config: Mapping[str, Any], path: Path, catalog: Catalog, registry: 
 def config_notes(config: Mapping[str, Any], architecture: str) -> list[str]:
     """What is odd in config.json without being wrong."""
     notes = []
-    if "auto_map" in config:
+    if config.get("auto_map"):
         notes.append(f"{CONFIG} names code of its own (auto_map); it is not run, {architecture} is used")
     classes = config.get("architectures")
     family = str(config["model_type"]).replace("_", "").replace("-", "").lower()
@@ -171,9 +172,9 @@ def config_notes(config: Mapping[str, Any], architecture: str) -> list[str]:
 
 
 def read_eos_ids(config: Mapping[str, Any], snapshot: Snapshot) -> tuple[int, ...]:
-    """Ids that end a text: those of generation_config.json, else of config.json. Raises `ConfigError`."""
-    path = snapshot.root / GENERATION_CONFIG
-    if path.exists():
+    """Ids that end a text: those of generation_config.json, else of config.json. Raises `ConfigError` and `FileError`."""
+    path = optional(snapshot, GENERATION_CONFIG)
+    if path is not None:
         generation = load_json(path, error=ConfigError, prefix="CF")
         if generation.get("eos_token_id") is not None:
             return _eos_ids(generation, path)

@@ -57,7 +57,10 @@ class LocalPlanner:
 
 
 def blobs_of(folder: Path) -> tuple[Path, ...]:
-    """The blobs folder that the links of a hub-cache snapshot point into: `…/snapshots/<revision>` → `…/blobs`."""
+    """The blobs folder that the links of a hub-cache snapshot point into: `…/snapshots/<revision>` → `…/blobs`.
+
+    One that is a link itself is none of the hub's: it could make the whole disk part of the checkpoint.
+    """
     real = folder.resolve()
     blobs = real.parent.parent / "blobs"
-    return (blobs,) if real.parent.name == "snapshots" and blobs.is_dir() else ()
+    return (blobs,) if real.parent.name == "snapshots" and blobs.is_dir() and not blobs.is_symlink() else ()

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from modelrig.errors import SourceError
+from modelrig.errors import FileError, SourceError
 from modelrig_plugins.formats.safetensors import SafetensorsPlanner
 from modelrig_plugins.sources.bundled import BundledPlanner, bundled_names
 from modelrig_plugins.sources.hub import HubPlanner
@@ -109,6 +109,16 @@ def test_a_snapshot_of_the_hubs_cache_may_link_into_its_blobs(hub_cache, tmp_pat
     snapshot = LocalPlanner.resolve(str(folder))
     assert (folder, hub_cache.name) == (snapshot.root, snapshot.revision)
     assert {"a", "b"} == set(SafetensorsPlanner.catalog(snapshot).entries)
+
+
+def test_a_blobs_folder_that_is_a_link_makes_nothing_else_part_of_the_checkpoint(hub_cache, tmp_path):
+    blobs = hub_cache.parent.parent / "blobs"
+    blobs.rename(tmp_path / "elsewhere")
+    blobs.symlink_to(tmp_path / "elsewhere")
+    snapshot = LocalPlanner.resolve(str(hub_cache))
+    with pytest.raises(FileError) as caught:
+        SafetensorsPlanner.catalog(snapshot)
+    assert ((), "IO-PATH") == (snapshot.link_roots, caught.value.code)
 
 
 def test_the_folder_above_the_snapshots_is_no_checkpoint(hub_cache):
