@@ -33,7 +33,7 @@ def mapped(value):
     [
         ("{", "IX-JSON", None),
         ("[]", "IX-JSON", None),
-        ('{"weight_map": {"a": NaN}}', "IX-JSON", None),
+        ('{"weight_map": {"a": NaN}}', "IX-JSON", "weight_map.a"),
         (b"\xff\xfe", "IX-JSON", None),
         ('{"weight_map": {"w": "a.safetensors", "w": "b.safetensors"}}', "IX-DUPKEY", "w"),
         ('{"weight_map": {}, "weight_map": {}}', "IX-DUPKEY", "weight_map"),

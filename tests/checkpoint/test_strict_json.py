@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modelrig.checkpoint.strict_json import is_deeper, load_json, parse
+from modelrig.checkpoint.strict_json import TooManyError, is_deeper, load_json, parse
 from modelrig.errors import CheckpointError, ConfigError, FileError, IndexFileError, TokenizerError
 
 json_values = st.recursive(
@@ -67,6 +67,42 @@ def test_what_is_not_acceptable_is_refused_with_file_and_reason(tmp_path, text, 
         load_json(path, error=ConfigError, prefix="CF", max_bytes=limit)
     assert (code, str(path)) == (caught.value.code, caught.value.path)
     assert says in caught.value.reason
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ('{"rope_theta": NaN}', "rope_theta"),
+        ('{"rope": [0, {"factor": -Infinity}]}', "rope[1].factor"),
+        ('{"a": {"b": [1, 12345678901234567890]}, "c": 1}', "a.b[1]"),
+        ('{"a": 1, "eps": 1e400}', "eps"),
+        ('{"eps": -1E+999, "other": 1e-999}', "eps"),
+        ('{"eps": ' + "9" * 400 + ".0}", "eps"),
+    ],
+)
+def test_the_key_of_a_number_that_is_none_is_the_locus(tmp_path, text, key):
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_json(path, error=ConfigError, prefix="CF")
+    assert ("CF-JSON", key) == (caught.value.code, caught.value.locus)
+
+
+def test_large_and_small_numbers_that_fit_are_numbers():
+    assert {"a": 1e300, "b": 1e-300, "c": 0.0} == parse(b'{"a": 1e300, "b": 1E-300, "c": 1e-999}')
+
+
+def test_more_lists_and_objects_than_allowed_are_refused_before_they_are_made():
+    assert [[]] * 9 == parse(b"[" + b"[]," * 8 + b"[]]", max_containers=10)
+    with pytest.raises(TooManyError, match="11 lists and objects; at most 10"):
+        parse(b"[" + b"[]," * 9 + b"[]]", max_containers=10)
+    assert ["[[[]]]" * 10] == parse(json.dumps(["[[[]]]" * 10]).encode(), max_containers=1)
+
+
+@pytest.mark.parametrize("text", ["\\\\", '\\"[', '\\\\"', '\\\\\\"[[', "\\n[", '[\\"]'], ids=ascii)
+def test_backslashes_hide_no_bracket(text):
+    data = json.dumps({text: [text]}).encode()
+    assert (False, True) == (is_deeper(data, 2), is_deeper(data, 1))
 
 
 def test_a_duplicate_key_is_the_locus(tmp_path):

@@ -18,13 +18,14 @@ from typing import Any, NoReturn
 from attrs import frozen
 
 from modelrig.checkpoint.files import Identity, identity, open_regular, read_at
-from modelrig.checkpoint.strict_json import DuplicateKeyError, NestingError, parse
+from modelrig.checkpoint.strict_json import DuplicateKeyError, NestingError, TooManyError, parse
 from modelrig.components import DTYPE_BITS, TensorEntry
 from modelrig.errors import FileError, FormatError, quoted
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 MAX_TENSORS = 1_000_000
 MAX_DEPTH = 8
+MAX_CONTAINERS = 3 * MAX_TENSORS + 16  # an object and two lists for each tensor
 MAX_DIMENSIONS = 16
 MAX_DIMENSION = 1 << 40
 MAX_OFFSET = 1 << 53  # beyond it JSON readers disagree about numbers
@@ -137,9 +138,14 @@ def _parse_text(data: bytes, path: Path) -> dict[str, Any]:
     if count > MAX_TENSORS:
         raise _too_many(count, path)
     try:
-        table = parse(text, max_depth=MAX_DEPTH)
+        table = parse(text, max_depth=MAX_DEPTH, max_containers=MAX_CONTAINERS)
     except DuplicateKeyError as problem:
         raise FormatError("ST-DUPKEY", "is named twice in the header", path=path, locus=problem.key) from problem
+    except TooManyError as problem:
+        raise FormatError("ST-COUNT", f"the header is {problem}", path=path) from problem
+    except MemoryError as problem:
+        reason = f"there is not enough memory to read a header of {len(data):,} bytes"
+        raise FormatError("ST-HDRBIG", reason, path=path) from problem
     except NestingError as problem:
         raise FormatError("ST-DEPTH", f"the header is {problem}", path=path) from problem
     except UnicodeDecodeError as problem:
