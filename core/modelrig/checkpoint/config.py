@@ -152,7 +152,7 @@ class ConfigReader:
         if value is None:
             return None
         if not isinstance(value, Mapping):
-            self.problem("CF-TYPE", key, f"{quoted(value)}; an object is needed")
+            self.require(False, "CF-TYPE", key, f"{quoted(value)}; an object is needed")  # once, however often it is asked for
             return None
         if key not in self._children:
             reader = ConfigReader(value, self.path, f"{self.prefix}{key}.")

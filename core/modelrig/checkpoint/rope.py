@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from attrs import frozen
+
+from modelrig.errors import quoted
 
 if TYPE_CHECKING:
     from modelrig.checkpoint.config import ConfigReader
@@ -12,6 +15,8 @@ if TYPE_CHECKING:
 KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
 #: the kinds whose frequencies depend on where the model was first trained to
 TRAINED_LENGTH = ("llama3", "yarn")
+#: beyond these the frequencies of a head are no longer finite float32 numbers
+THETA = (1e-6, 1e15)
 
 
 @frozen(kw_only=True)
@@ -37,7 +42,7 @@ class RopeSpec:
     def context_length(self) -> int:
         """The longest sequence these settings were made for."""
         if self.kind in ("linear", "dynamic"):
-            return int(self.max_positions * self.factor)
+            return max(1, int(self.max_positions * self.factor))
         if self.kind == "yarn" and self.original_positions:
             return max(self.max_positions, int(self.original_positions * self.factor))
         return self.max_positions
@@ -51,16 +56,21 @@ class RopeSpec:
 def read_rope(reader: ConfigReader, dim: int, max_positions: int) -> RopeSpec:
     """Rotary settings from `rope_parameters` (v5), or `rope_scaling` and a top-level `rope_theta` (v4).
 
-    A v5 object wins over v4 keys, `rope_type` over the older `type`; problems are left in `reader`.
+    `rope_type` wins over the older `type`. Where both spellings are there they must not say different things. Problems are left
+    in `reader`.
     """
-    top_theta = reader.number("rope_theta", low=0.0, high=1e15, default=10_000.0, exclusive=True)
-    settings = reader.child("rope_parameters") or reader.child("rope_scaling")
+    top_theta = reader.number("rope_theta", *THETA, default=10_000.0)
+    settings, older = reader.child("rope_parameters"), reader.child("rope_scaling")
+    if settings is not None and settings.values:
+        _require_same(reader, settings.values)
+    else:
+        settings = older
     if settings is None:
         return RopeSpec(kind="default", theta=top_theta, dim=dim, max_positions=max_positions)
     kind = settings.choice("rope_type", KINDS, default=settings.choice("type", KINDS, default="default"))
     partial = settings.number("partial_rotary_factor", low=0.0, high=1.0, default=1.0, exclusive=True)
     settings.require(partial == 1.0, "CF-RANGE", "partial_rotary_factor", "this architecture rotates whole heads: must be 1.0")
-    theta = settings.number("rope_theta", low=0.0, high=1e15, default=top_theta, exclusive=True)
+    theta = settings.number("rope_theta", *THETA, default=top_theta)
     if kind == "default":
         return RopeSpec(kind=kind, theta=theta, dim=dim, max_positions=max_positions)
     original = None
@@ -89,10 +99,29 @@ def read_rope(reader: ConfigReader, dim: int, max_positions: int) -> RopeSpec:
         original_positions=original,
         low_frequency_factor=low,
         high_frequency_factor=high,
-        beta_fast=settings.number("beta_fast", low=0.0, high=1e9, default=0.0) or 32.0,
-        beta_slow=settings.number("beta_slow", low=0.0, high=1e9, default=0.0) or 1.0,
+        beta_fast=_rotations(settings, "beta_fast", 32.0),
+        beta_slow=_rotations(settings, "beta_slow", 1.0),
         attention_factor=settings.number("attention_factor", low=0.0, high=1e9, default=None),
         mscale=settings.number("mscale", low=0.0, high=1e9, default=None),
         mscale_all_dim=settings.number("mscale_all_dim", low=0.0, high=1e9, default=None),
         truncate=settings.boolean("truncate", default=True),
     )
+
+
+def _rotations(settings: ConfigReader, key: str, usual: float) -> float:
+    """A bound of yarn's ramp; 0 stands for the usual one, as in transformers."""
+    value = settings.number(key, low=0.0, high=1e9, default=0.0)
+    settings.require(value == 0 or value >= 1e-6, "CF-RANGE", key, f"{value}; 0 for {usual:g}, or 1e-06 to 1e+09 is accepted")
+    return value or usual
+
+
+def _require_same(reader: ConfigReader, settings: Mapping[str, Any]) -> None:
+    """Other programs read the v4 keys: where they say something else than `rope_parameters`, nobody knows what the weights need."""
+    older = reader.child("rope_scaling")
+    said = [("rope_theta", "rope_theta", reader.values.get("rope_theta"))]
+    said += [(f"rope_scaling.{key}", key, value) for key, value in (older.values if older else {}).items()]
+    for where, key, value in said:
+        name = "rope_type" if key == "type" else key
+        other = settings.get(name, settings.get(key, value if where == "rope_theta" else None))
+        if value is not None and other != value:
+            reader.problem("CF-REL", where, f"{quoted(value)}, but rope_parameters.{name} is {quoted(other)}")

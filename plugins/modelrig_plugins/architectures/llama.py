@@ -14,7 +14,7 @@ from modelrig.checkpoint.rope import RopeSpec, read_rope
 from modelrig.components import FLOATING, AttentionSpec, Catalog, ModelFacts, Parameter
 
 LIMIT = 1 << 24  # no width or vocabulary is larger
-LAYER_LIMIT = 1 << 16
+LAYER_LIMIT = 1 << 14
 
 
 @frozen(kw_only=True)
@@ -69,11 +69,22 @@ def read_config(reader: ConfigReader, catalog: Catalog) -> tuple[LlamaConfig, in
             "CF-REL",
             "hidden_size",
             f"{hidden} is not a multiple of num_attention_heads ({heads}), and there is no head_dim",
+            uses=("num_attention_heads",),
         )
     head_dim = reader.integer("head_dim", 1, LIMIT, default=max(1, hidden // heads))
-    reader.require(head_dim % 2 == 0, "CF-REL", "head_dim", f"{head_dim} is odd: rotary embeddings turn pairs")
     reader.require(
-        heads % kv_heads == 0, "CF-REL", "num_key_value_heads", f"{kv_heads} does not divide num_attention_heads ({heads})"
+        head_dim % 2 == 0,
+        "CF-REL",
+        "head_dim",
+        f"{head_dim} is odd: rotary embeddings turn pairs",
+        uses=("hidden_size", "num_attention_heads"),
+    )
+    reader.require(
+        heads % kv_heads == 0,
+        "CF-REL",
+        "num_key_value_heads",
+        f"{kv_heads} does not divide num_attention_heads ({heads})",
+        uses=("num_attention_heads",),
     )
     stored = stored_layers(catalog)
     if stored:
