@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -9,6 +10,7 @@ import pytest
 
 import rigs
 from modelrig.components import Range
+from modelrig.errors import ConfigError
 from modelrig.planning.needs import NEEDS, Situation, decoder_need, stored_scheme
 from modelrig.planning.rules import RULES, link_reasons, unary_reasons, unknown_links
 from rigs import situation, spec
@@ -104,9 +106,27 @@ def test_a_kind_that_does_not_exist_can_never_be_linked() -> None:
             {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}},
             "bitsandbytes_nf4",
         ),
-        ({"quantization_config": {}}, "unknown"),
-        ({"quantization_config": "awq"}, "unknown"),
+        ({"quantization_config": {"load_in_4bit": True}}, "bitsandbytes_fp4"),
     ],
 )
 def test_the_stored_scheme_comes_from_quantization_config(config: dict[str, Any], scheme: str) -> None:
-    assert scheme == stored_scheme(config)
+    assert scheme == stored_scheme(config, Path("config.json"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "code", "key"),
+    [
+        ("awq", "CF-TYPE", "quantization_config"),
+        ({}, "CF-MISSING", "quantization_config.quant_method"),
+        ({"quant_method": ["awq"]}, "CF-TYPE", "quantization_config.quant_method"),
+        ({"quant_method": "\x1b[2J"}, "CF-ENUM", "quantization_config.quant_method"),
+        ({"quant_method": "../evil"}, "CF-ENUM", "quantization_config.quant_method"),
+        ({"load_in_4bit": True, "load_in_8bit": True}, "CF-REL", "quantization_config.load_in_8bit"),
+        ({"load_in_4bit": True, "bnb_4bit_quant_type": "int3"}, "CF-ENUM", "quantization_config.bnb_4bit_quant_type"),
+        ({"quant_method": "awq", "load_in_4bit": "yes"}, "CF-TYPE", "quantization_config.load_in_4bit"),
+    ],
+)
+def test_a_malformed_quantization_config_names_its_key(settings: Any, code: str, key: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        stored_scheme({"quantization_config": settings}, Path("config.json"))
+    assert (code, key, "config.json") == (caught.value.code, caught.value.locus, caught.value.path)

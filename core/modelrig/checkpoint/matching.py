@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from modelrig.components import Catalog, ModelFacts
+from modelrig.components import DTYPE_BITS, Catalog, ModelFacts
 from modelrig.errors import LoadError, quoted
 
+#: a float of a whole number of bytes: torch casts between all of them
+CASTABLE = frozenset(name for name, bits in DTYPE_BITS.items() if "float" in name and bits >= 8)
 LISTED = 20  # names of each sort that the message spells out; the error object holds all
 
 
@@ -44,6 +46,21 @@ def match(facts: ModelFacts, catalog: Catalog, root: Path) -> None:
         misshapen=misshapen,
         hint="check that config.json and the tensor files belong to the same model",
     )
+
+
+def require_weights(facts: ModelFacts, catalog: Catalog) -> None:
+    """Raise `LoadError` (LD-DTYPE) listing every tensor that is stored as something a weight cannot be cast from."""
+    names = (parameter.stored_as for parameter in facts.parameters if parameter.stored_as is not None)
+    wrong = [entry for name in names if (entry := catalog.entries.get(name)) is not None and entry.dtype not in CASTABLE]
+    if wrong:
+        stored = [f"{entry.name}: {entry.dtype}" for entry in wrong]
+        raise LoadError(
+            "LD-DTYPE",
+            f"is stored as {wrong[0].dtype}, which is no plain weight; only a quantizer could read it, and config.json has no "
+            f"quantization_config: {_listed(stored, 'such tensors')}",
+            path=catalog.files[wrong[0].file].path,
+            locus=wrong[0].name,
+        )
 
 
 def _listed(names: Sequence[str], what: str) -> str:

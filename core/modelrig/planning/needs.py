@@ -5,12 +5,19 @@ A need is derived once per plan. `origins` says for each field where its value c
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from attrs import Factory, frozen
 
+from modelrig.checkpoint.config import ConfigReader
 from modelrig.components import AttentionSpec, ModelFacts
+from modelrig.errors import quoted
+
+BITSANDBYTES_4BIT = ("fp4", "nf4")
+_METHOD = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 
 @frozen(kw_only=True)
@@ -111,7 +118,10 @@ def cache_need(at: Situation) -> CacheNeed:
 def quantizer_need(at: Situation) -> QuantizerNeed:
     shapes = {parameter.shape for parameter in at.facts.parameters if parameter.role == "linear"}
     return QuantizerNeed(
-        **_common(at, {"scheme": "config.json"}), scheme=at.scheme, shapes=frozenset(shapes), cpu_flags=at.cpu_flags
+        **_common(at, {"scheme": "quantization_config in config.json"}),
+        scheme=at.scheme,
+        shapes=frozenset(shapes),
+        cpu_flags=at.cpu_flags,
     )
 
 
@@ -144,13 +154,22 @@ def _common(at: Situation, origins: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
-def stored_scheme(config: Mapping[str, Any]) -> str:
-    """How config.json says its 2-D weights are stored: `"none"`, or `<quant_method>` with the variant where it names one."""
-    quantization = config.get("quantization_config")
-    if not isinstance(quantization, Mapping) or not isinstance(quantization.get("quant_method"), str):
-        return "none" if quantization is None else "unknown"
-    method: str = quantization["quant_method"]
-    variant = "int8" if quantization.get("load_in_8bit") is True else None
-    if quantization.get("load_in_4bit") is True:
-        variant = quantization.get("bnb_4bit_quant_type", "fp4")
-    return f"{method}_{variant}" if isinstance(variant, str) else method
+def stored_scheme(config: Mapping[str, Any], path: Path) -> str:
+    """How config.json says its 2-D weights are stored: `"none"`, or `<quant_method>` with the variant where it names one.
+
+    The name is only compared with what quantizers say they read. Raises `ConfigError` naming the key.
+    """
+    with ConfigReader(config, path) as read:
+        settings = read.child("quantization_config")
+        if settings is None:
+            return "none"
+        in_4bit = settings.boolean("load_in_4bit", default=False)
+        in_8bit = settings.boolean("load_in_8bit", default=False)
+        settings.require(not (in_4bit and in_8bit), "CF-REL", "load_in_8bit", "true, and so is load_in_4bit")
+        # bitsandbytes is older than the key
+        method = settings.string("quant_method", **({"default": "bitsandbytes"} if in_4bit or in_8bit else {}))
+        is_name = _METHOD.fullmatch(method) is not None
+        settings.require(is_name, "CF-ENUM", "quant_method", f"{quoted(method)} is not the name of a method")
+        if in_4bit:
+            return f"{method}_{settings.choice('bnb_4bit_quant_type', BITSANDBYTES_4BIT, default='fp4')}"
+        return f"{method}_int8" if in_8bit else method

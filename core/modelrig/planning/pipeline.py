@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from attrs import evolve, frozen
 
-from modelrig.checkpoint.matching import match
+from modelrig.checkpoint.matching import match, require_weights
 from modelrig.components import FLOATING, Catalog, ModelFacts, Snapshot
 from modelrig.errors import ModelrigError, PlanError, PluginError
 from modelrig.planning.environment import Environment, read_environment
@@ -98,6 +98,8 @@ def make_plan(
     wanted = read_request(request, config, checkpoint=snapshot.root)
     checkpoint = examine(source, snapshot, registry)
     decision = settle(checkpoint, wanted, environment, registry)
+    if checkpoint.scheme != "none":  # first whether anything reads them, then whether they are all there
+        match(checkpoint.facts, checkpoint.catalog, snapshot.root)
     at = decision.situation
     return cls(
         reference=text,
@@ -122,16 +124,19 @@ def make_plan(
 
 
 def examine(source: Identified, snapshot: Snapshot, registry: Registry) -> Checkpoint:
-    """catalog → describe: everything known of the checkpoint, its tensors matched with the model they should fill."""
+    """catalog → describe: everything known of the checkpoint. Plain tensors are matched with the model they should fill."""
     config = read_config(snapshot)
     format_, found = catalog(snapshot, registry)
     architecture, facts = describe(config, snapshot.root / CONFIG, found, registry)
-    match(facts, found, snapshot.root)
+    scheme = stored_scheme(config, snapshot.root / CONFIG)
+    if scheme == "none":
+        match(facts, found, snapshot.root)
+        require_weights(facts, found)
     return Checkpoint(
         snapshot=snapshot,
         catalog=found,
         facts=facts,
-        scheme=stored_scheme(config),
+        scheme=scheme,
         parts={"sources": source, "formats": format_, "architectures": architecture},
         eos_ids=read_eos_ids(config, snapshot),
         notes=(*config_notes(config, architecture.registered.name), *facts.notes, *found.notes),
