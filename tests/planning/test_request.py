@@ -57,6 +57,20 @@ def test_a_link_into_the_checkpoints_folder_is_not_read_either(tmp_path: Path) -
         assert 1 == request.batch
 
 
+@pytest.mark.parametrize("kind", ["a folder", "a named pipe", "a link that points to nothing", "symbolic links"])
+def test_a_file_that_cannot_be_read_is_an_error_and_not_as_if_there_were_none(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "modelrig.toml"
+    if kind == "a folder":
+        path.mkdir()
+    elif kind == "a named pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(path.name if kind == "symbolic links" else "gone")
+    with pytest.raises(RequestError, match=kind) as caught:
+        read(tmp_path)
+    assert ("RQ-FILE", str(path)) == (caught.value.code, caught.value.path)
+
+
 def test_none_means_the_doing_nothing_part_for_a_slot_and_not_given_for_the_rest(tmp_path: Path) -> None:
     request = read(tmp_path, quantizer=None, dtype=None, context=None)
     assert (Wish(("none",), False), "auto", "auto") == (request.quantizer, request.dtype, request.context)

@@ -7,6 +7,7 @@ component is considered: those `auto` would not take while another fits are neve
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from attrs import evolve, frozen
@@ -80,8 +81,9 @@ def gather(slot: str, situation: Situation, request: Request, registry: Registry
     kind, wish, origin = SLOTS[slot], request.wish(slot), request.origin(slot)
     need = NEEDS[kind](situation)
     there = registry.components(kind, request.prefer)
-    places, absent = _named(kind, wish, registry, there)
-    excluded = {component_id for name in wish.excluded for component_id in _ids(kind, name, registry, there)}
+    with _said_by(slot, origin):
+        places, absent = _named(kind, wish, registry, there)
+        excluded = {component_id for name in wish.excluded for component_id in _ids(kind, name, registry, there)}
     preferred = {one.id for one in there if one.name in request.prefer or one.id in request.prefer}
     names = [one.name for one in there if one.state != "disabled"]
     candidates = []
@@ -107,6 +109,15 @@ def gather(slot: str, situation: Situation, request: Request, registry: Registry
             )
         )
     return Field(slot=slot, kind=kind, wish=wish, origin=origin, need=need, candidates=tuple(candidates), absent=tuple(absent))
+
+
+@contextmanager
+def _said_by(slot: str, origin: str) -> Iterator[None]:
+    """A name that cannot be used is a problem of the place where it is written: an argument, a variable, a file."""
+    try:
+        yield
+    except RequestError as error:
+        raise RequestError(error.code, f"{error.reason} (asked for by {origin})", locus=slot, hint=error.hint) from error
 
 
 def _named(kind: str, wish: Wish, registry: Registry, there: Sequence[Registered]) -> tuple[dict[str, int], list[Refusal]]:
@@ -160,7 +171,7 @@ def check(field: Field, candidate: Candidate) -> Candidate:
     except OptionsError as error:
         if field.wish.is_pin:
             code, locus = ("RQ-UNKNOWN" if error.is_unknown else "RQ-VALUE"), f"{field.slot} {one.name}"
-            raise RequestError(code, str(error), locus=locus) from error
+            raise RequestError(code, f"{error} (asked for by {field.origin})", locus=locus) from error
         reasons = [Reason(f"{field.slot}.options", str(error))]
     except PluginError as error:
         if field.wish.is_pin:

@@ -220,7 +220,7 @@ def _config_layer(config: Any, directory: Path, checkpoint: Path | None) -> tupl
         raise RequestError("RQ-VALUE", f"{quoted(config)}; a path or a mapping is accepted", locus="config")
     path = directory / CONFIG_FILE if config is None else Path(os.fspath(config))
     notes = []
-    if config is None and not path.is_file():
+    if config is None and not os.path.lexists(path):
         return _Layer({}, str, str), ()
     if config is None and checkpoint is not None and _is_inside(path, checkpoint):
         notes.append(f"{path} was not read: it lies in the checkpoint's own folder")

@@ -202,7 +202,7 @@ def options_of_slots(slots: Sequence[str]) -> Callable[[Any], dict[str, dict[str
         for key, item in value.items():
             name, dot, option = key.partition(".") if isinstance(key, str) else ("", "", "")
             if not dot or not option or name not in slots:
-                guess = nearest(name, slots) if name else ""
+                guess = nearest(name, slots) if name and name not in slots else ""
                 raise ValueError(f"{quoted(key)}; '<slot>.<option>' with one of {', '.join(slots)} is accepted{guess}")
             options.setdefault(name, {})[option] = item
         return options
