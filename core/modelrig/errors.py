@@ -3,6 +3,7 @@
     ModelrigError                  code · what happened · file · key or tensor · hint          exit code
     ├── RequestError               an argument, option, variable or modelrig.toml key (RQ-*)        2
     │   └── GenerateError          an option or input of generate, stream, chat (GN-*)              2
+    │       └── NotFiniteError     the model computes NaN or infinity (GN-NAN)                      1
     ├── CheckpointError            something is wrong with the checkpoint                           1
     │   ├── SourceError            it cannot be found or fetched (SR-*)                             1
     │   ├── FileError              not a regular readable file, or it changed (IO-*)                1
@@ -41,6 +42,7 @@ __all__ = [
     "IndexFileError",
     "LoadError",
     "ModelrigError",
+    "NotFiniteError",
     "PlanError",
     "PluginError",
     "RequestError",
@@ -137,6 +139,12 @@ class RequestError(ModelrigError):
 
 class GenerateError(RequestError):
     """An option or input of `generate`, `stream`, `session` or `model(...)` that cannot be used."""
+
+
+class NotFiniteError(GenerateError):
+    """The model's logits are not finite: nothing in the call is wrong, the weights or the dtype are."""
+
+    exit_code = 1
 
 
 class CheckpointError(ModelrigError):

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from modelrig.errors import GenerateError
+from modelrig.errors import GenerateError, NotFiniteError
 from modelrig.generation.options import GenerateOptions
 
 __all__ = ["Sampler"]
@@ -111,7 +111,7 @@ class Sampler:
         """Processed scores [batch, vocab] → ids int64 [batch]: drawn as the options say, the maximum when greedy.
 
         Raises:
-            GenerateError: GN-NAN for logits that are not finite; on the CPU at once, on other devices by `check`.
+            NotFiniteError: GN-NAN for logits that are not finite; on the CPU at once, on other devices by `check`.
         """
         if self._options.is_greedy:
             peaks, ids = scores.max(dim=-1)
@@ -171,8 +171,8 @@ class Sampler:
         else:
             self._broken |= ~peaks.isfinite()
 
-    def _not_finite(self, rows: Sequence[int]) -> GenerateError:
-        return GenerateError(
+    def _not_finite(self, rows: Sequence[int]) -> NotFiniteError:
+        return NotFiniteError(
             "GN-NAN",
             f"after {self._num_observed} new tokens the logits of row {rows[0]} are NaN or infinite",
             hint="a wider dtype may help (dtype='float32'); else the weights themselves are broken",
