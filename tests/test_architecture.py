@@ -26,7 +26,6 @@ LONG_FILES = {"core/modelrig/components.py": (640, "an author of parts finds all
 #: strings in decisions of core that are spelt like a component, and what they are
 NO_COMPONENTS = {
     ("checkpoint/rope.py", "dynamic"): "a rope_type of config.json",
-    ("planning/candidates.py", "none"): "how a checkpoint stores its weights: not quantised",
 }
 #: the only files that may import by name, and what
 IMPORTERS = {

@@ -14,7 +14,7 @@ from attrs import evolve, frozen
 
 from modelrig.components import SLOTS, Quantizer, Reason
 from modelrig.errors import PluginError, RequestError, quoted
-from modelrig.planning.needs import NEEDS, Need, Situation
+from modelrig.planning.needs import NEEDS, PLAIN, Need, Situation
 from modelrig.planning.options import OptionsError, structure
 from modelrig.planning.request import Request
 from modelrig.planning.rules import unary_reasons, unknown_links
@@ -152,7 +152,7 @@ def _state_reasons(one: Registered) -> Iterator[Reason]:
 def _is_lossier(quantizer: Quantizer, scheme: str) -> bool:
     """Whether it would lose something the checkpoint still has. Reading what is quantised already loses nothing more."""
     capabilities = quantizer.capabilities
-    return not getattr(capabilities, "lossless", False) and not (scheme != "none" and scheme in getattr(capabilities, "reads", ()))
+    return not getattr(capabilities, "lossless", False) and not (scheme != PLAIN and scheme in getattr(capabilities, "reads", ()))
 
 
 def check(field: Field, candidate: Candidate) -> Candidate:

@@ -16,6 +16,7 @@ from modelrig.checkpoint.config import ConfigReader
 from modelrig.components import AttentionSpec, ModelFacts
 from modelrig.errors import quoted
 
+PLAIN = "none"  # the scheme of a checkpoint whose weights are not quantised
 BITSANDBYTES_4BIT = ("fp4", "nf4")
 _METHOD = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
@@ -162,7 +163,7 @@ def stored_scheme(config: Mapping[str, Any], path: Path) -> str:
     with ConfigReader(config, path) as read:
         settings = read.child("quantization_config")
         if settings is None:
-            return "none"
+            return PLAIN
         in_4bit = settings.boolean("load_in_4bit", default=False)
         in_8bit = settings.boolean("load_in_8bit", default=False)
         settings.require(not (in_4bit and in_8bit), "CF-REL", "load_in_8bit", "true, and so is load_in_4bit")

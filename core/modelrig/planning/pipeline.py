@@ -29,7 +29,7 @@ from modelrig.planning.identify import (
 )
 from modelrig.planning.ledger import Account, Ledger, weigh
 from modelrig.planning.memory import require_fit
-from modelrig.planning.needs import Situation, stored_scheme
+from modelrig.planning.needs import PLAIN, Situation, stored_scheme
 from modelrig.planning.negotiation import Choice, Negotiated, negotiate
 from modelrig.planning.placement import place
 from modelrig.planning.plan import RigPlan
@@ -98,7 +98,7 @@ def make_plan(
     wanted = read_request(request, config, checkpoint=snapshot.root)
     checkpoint = examine(source, snapshot, registry)
     decision = settle(checkpoint, wanted, environment, registry)
-    if checkpoint.scheme != "none":  # first whether anything reads them, then whether they are all there
+    if checkpoint.scheme != PLAIN:  # first whether anything reads them, then whether they are all there
         match(checkpoint.facts, checkpoint.catalog, snapshot.root)
     at = decision.situation
     return cls(
@@ -129,7 +129,7 @@ def examine(source: Identified, snapshot: Snapshot, registry: Registry) -> Check
     format_, found = catalog(snapshot, registry)
     architecture, facts = describe(config, snapshot.root / CONFIG, found, registry)
     scheme = stored_scheme(config, snapshot.root / CONFIG)
-    if scheme == "none":
+    if scheme == PLAIN:
         match(facts, found, snapshot.root)
         require_weights(facts, found)
     return Checkpoint(
