@@ -10,6 +10,10 @@ import click
 
 from modelrig.cli.output import print_json, print_table, printable
 
+#: code and locus of what keeps a checkpoint from being planned, not from being looked at: nobody here knows its architecture
+UNKNOWN = {("CF-MISSING", None), ("CF-MISSING", "model_type"), ("CF-ARCH", "model_type"), ("CR-CODE", "auto_map")}
+SHOWN_KEYS, SHOWN_CHARACTERS = 200, 200  # of config.json
+
 
 @click.command("inspect")
 @click.argument("model")
@@ -39,15 +43,22 @@ def command(model: str, config: str | None, as_json: bool) -> None:
 
 def inspect(model: str, config: str | None = None) -> dict[str, Any]:
     """The checkpoint as plain data. No architecture has to know it; one that does adds what it read from the config."""
-    from pathlib import Path
-
     from modelrig.errors import CheckpointError, ModelrigError
-    from modelrig.planning.identify import CONFIG, catalog, check_reference, config_notes, describe, read_config, resolve
+    from modelrig.planning.identify import (
+        CONFIG,
+        catalog,
+        check_reference,
+        config_notes,
+        describe,
+        possible_folder,
+        read_config,
+        resolve,
+    )
     from modelrig.planning.request import read_request
     from modelrig.registry import current
 
     reference = check_reference(model)
-    registry = current(disable=read_request({}, config, checkpoint=Path(reference).expanduser()).disable)
+    registry = current(disable=read_request({}, config, checkpoint=possible_folder(reference)).disable)
     _, snapshot = resolve(reference, registry)
     _, found = catalog(snapshot, registry)
     notes, raw = list(found.notes), {}
@@ -55,7 +66,7 @@ def inspect(model: str, config: str | None = None) -> dict[str, Any]:
         raw = read_config(snapshot)
         architecture, facts = describe(raw, snapshot.root / CONFIG, found, registry)
     except ModelrigError as error:
-        if isinstance(error, CheckpointError) and error.code not in ("CF-MISSING", "CF-ARCH", "CR-CODE"):
+        if isinstance(error, CheckpointError) and (error.code, error.locus) not in UNKNOWN:
             raise
         notes.append(str(error))
         known = None
@@ -67,6 +78,9 @@ def inspect(model: str, config: str | None = None) -> dict[str, Any]:
             "blocks": len(facts.blocks),
             "context_length": facts.context_length,
         }
+    settings = {key: value for key, value in raw.items() if isinstance(value, str | int | float | bool)}
+    if len(settings) > SHOWN_KEYS:
+        notes.append(f"{CONFIG} has {len(settings) - SHOWN_KEYS:,} more keys than are shown")
     entries = found.entries.values()
     per_file = Counter(entry.file for entry in entries)
     tensors: Counter[str] = Counter()
@@ -92,8 +106,12 @@ def inspect(model: str, config: str | None = None) -> dict[str, Any]:
             {"dtype": dtype, "tensors": count, "elements": elements[dtype], "bytes": bytes_[dtype]}
             for dtype, count in tensors.most_common()
         ],
-        "config": {key: value for key, value in raw.items() if isinstance(value, str | int | float | bool)},
+        "config": {_short(key): _short(settings[key]) for key in list(settings)[:SHOWN_KEYS]},
         "architecture": known,
         "metadata": dict(found.metadata),
         "notes": notes,
     }
+
+
+def _short(value: Any) -> Any:
+    return value[:SHOWN_CHARACTERS] + "…" if isinstance(value, str) and len(value) > SHOWN_CHARACTERS else value

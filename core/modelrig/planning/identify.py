@@ -260,3 +260,8 @@ def check_reference(reference: Any) -> str:
     if not isinstance(text, str) or not text or "\0" in text:
         raise RequestError("RQ-VALUE", f"{quoted(text)}; a path, org/name[@rev] or a bundled name is accepted", locus="model")
     return text
+
+
+def possible_folder(reference: str) -> Path:
+    """The folder `reference` is if it is a path at all: known before any source is asked."""
+    return Path(os.path.expanduser(reference))  # noqa: PTH111 - Path.expanduser raises where there is no such user

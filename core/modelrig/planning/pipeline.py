@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, TypeVar
 
 from attrs import evolve, frozen
@@ -23,6 +22,7 @@ from modelrig.planning.identify import (
     check_reference,
     config_notes,
     describe,
+    possible_folder,
     read_config,
     read_eos_ids,
     resolve,
@@ -91,7 +91,7 @@ def make_plan(
     text = check_reference(reference)
     # `disable` counts before any plugin is asked, so it is read before the checkpoint's folder is known for certain.
     if registry is None:
-        early = read_request(request, config, checkpoint=Path(text).expanduser())
+        early = read_request(request, config, checkpoint=possible_folder(text))
         registry = current(disable=early.disable)
     environment = environment or read_environment()
     source, snapshot = resolve(text, registry)

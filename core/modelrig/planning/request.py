@@ -35,6 +35,7 @@ from modelrig.planning.values import AUTO, NOTHING, Wish
 
 CONFIG_FILE = "modelrig.toml"
 MAX_CONFIG_BYTES = 1 << 20
+LISTED = 20  # problems that a message spells out
 PREFIX = "MODELRIG_"
 #: variables of ours that are no request keys, so that a misspelt key is told from them
 OTHER_VARIABLES = {
@@ -180,7 +181,9 @@ def _raise(problems: list[_Problem]) -> None:
     first = problems[0]
     if len(problems) == 1:
         raise RequestError(first.code, first.text, path=first.path, locus=first.key)
-    lines = "".join(f"\n  - {_where(problem)}: {problem.text} [{problem.code}]" for problem in problems)
+    lines = "".join(f"\n  - {_where(problem)}: {problem.text} [{problem.code}]" for problem in problems[:LISTED])
+    if len(problems) > LISTED:
+        lines += f"\n  and {len(problems) - LISTED:,} more"
     raise RequestError(first.code, f"{len(problems)} problems:{lines}", path=first.path, locus=first.key)
 
 
@@ -229,8 +232,9 @@ def _config_layer(config: Any, directory: Path, checkpoint: Path | None) -> tupl
 
 
 def _is_inside(path: Path, folder: Path) -> bool:
-    folder = folder.resolve()
-    return any(place == folder or folder in place.parents for place in (path.resolve().parent, path.parent.resolve()))
+    real = Path(os.path.realpath(folder))  # Path.resolve raises for a link to itself
+    places = (Path(os.path.realpath(path)).parent, Path(os.path.realpath(path.parent)))
+    return any(place == real or real in place.parents for place in places)
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
