@@ -130,4 +130,4 @@ def test_an_empty_table_is_its_heading(capsys):
 
 
 def test_printable_keeps_line_breaks_and_letters_of_every_script():
-    assert "é 漢\n\\x1b[2J\\x7f" == printable("é 漢\n\x1b[2J\x7f")
+    assert "é 漢\n\t\\x1b[2J\\x7f" == printable("é 漢\n\t\x1b[2J\x7f")

@@ -135,8 +135,10 @@ def _run(arguments: Sequence[str] | None, state: dict[str, Any]) -> int:
         error.show()
         return error.exit_code
     except ModelrigError as error:
+        from modelrig.cli.output import printable
+
         _traceback(state)
-        click.echo(f"Error: {error}", err=True)
+        click.echo(f"Error: {printable(error)}", err=True)
         return error.exit_code
     except (BrokenPipeError, SystemExit):
         raise

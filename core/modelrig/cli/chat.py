@@ -10,6 +10,7 @@ import click
 
 from modelrig.cli.generation import figures, generation_options, print_pieces, read_input
 from modelrig.cli.options import request_options
+from modelrig.cli.output import printable
 from modelrig.errors import GenerateError
 
 
@@ -33,7 +34,7 @@ def command(model: str, request: dict[str, Any], generation: dict[str, Any], sys
         start = [{"role": "system", "content": system}] if system else []
         session.messages = list(start)
         if not quiet:
-            click.echo(plan.summary(), err=True)
+            click.echo(printable(plan.summary()), err=True)
         while True:
             message = _ask()
             if message is None or message.strip() == "/exit":

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 import attrs
 import click
 
+from modelrig.cli.output import for_stdout
 from modelrig.errors import GenerateError
 from modelrig.generation.options import GenerateOptions
 
@@ -81,7 +82,7 @@ def print_pieces(pieces: Iterable[Piece]) -> bool:
     stream, finished = iter(pieces), True
     try:
         for piece in stream:
-            click.echo(piece.text, nl=False)
+            click.echo(for_stdout(piece.text), nl=False)
     except KeyboardInterrupt:
         finished = False
     finally:

@@ -11,8 +11,13 @@ import click
 
 
 def printable(text: object) -> str:
-    """`text` without characters that would steer the terminal; line breaks stay."""
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in str(text))
+    """`text` without characters that would steer the terminal; line breaks and tabs stay."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def for_stdout(text: str) -> str:
+    """What a model wrote: as it is into a pipe or file, `printable` on a terminal, which a checkpoint's tokens must not steer."""
+    return printable(text) if sys.stdout.isatty() else text
 
 
 def print_json(value: Any) -> None:

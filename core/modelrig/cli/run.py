@@ -11,6 +11,7 @@ import click
 
 from modelrig.cli.generation import figures, generation_options, print_pieces, read_input
 from modelrig.cli.options import request_options
+from modelrig.cli.output import for_stdout, printable
 
 
 @click.command("run")
@@ -35,7 +36,7 @@ def command(model: str, prompt: str, request: dict[str, Any], generation: dict[s
             click.echo(json.dumps({**_document(loaded.generate(prompt, **generation)), "plan": plan.to_json()}))
             return
         if not quiet:
-            click.echo(plan.summary(), err=True)
+            click.echo(printable(plan.summary()), err=True)
         run = loaded.start(prompt, **generation)
         finished = print_pieces(run) if len(run.rows) == 1 else _print_all(run)
         if not quiet:
@@ -60,5 +61,5 @@ def _print_all(run: Any) -> bool:
             pass
     except KeyboardInterrupt:
         finished = False
-    click.echo("\n---\n".join(result.text for result in run.results()))
+    click.echo("\n---\n".join(for_stdout(result.text) for result in run.results()))
     return finished
