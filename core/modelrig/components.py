@@ -420,7 +420,7 @@ class ModuleBuilder(Protocol):
     """Builds what its planner described."""
 
     def build(self, facts: ModelFacts, context: Any) -> nn.Module:
-        """The module on the meta device, parameter names as in `facts`. `context` is a `modelrig.modules.BuildContext`.
+        """The module on the meta device, parameter names as in `facts`. `context` is a `modelrig.modules.decoder.BuildContext`.
 
         The module offers `step(ids, slots, last_only=False)`: ids int64 [batch, count] → logits [batch, count or 1, vocab];
         `init_buffers(device)`, which computes buffers that are not loaded; and `bind(linear)`, called last, which gives every
