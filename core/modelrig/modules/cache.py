@@ -1,15 +1,18 @@
 """Positions and lengths of a cache whose slot numbers equal token indices: what contiguous caches have in common.
 
-A subclass allocates `layers` and, if it grows, overrides `_reserve`.
+A subclass that keeps something else than `ContiguousLayer`s overrides `create`; one that grows sets `first_room` and overrides
+`_reserve`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from modelrig.components import AttentionSpec
 from modelrig.errors import CacheError
 from modelrig.modules.slots import Slots
 
@@ -39,6 +42,27 @@ class ContiguousCache:
     """Implements the `Cache` protocol's bookkeeping over `ContiguousLayer`s."""
 
     layers: Sequence[ContiguousLayer]
+    first_room: int | None = None  # tokens to allocate at first; None for the whole capacity
+
+    @classmethod
+    def create(
+        cls,
+        layers: Sequence[AttentionSpec],
+        *,
+        batch: int,
+        capacity: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        padding: Sequence[int] | None = None,
+        options: Any = None,  # noqa: ARG003 - protocol
+    ) -> Self:
+        """See `modelrig.components.CacheMaker`."""
+        cache = cls(batch, capacity, device, padding)
+        room = capacity if cls.first_room is None else min(capacity, cls.first_room)
+        cache.layers = [
+            ContiguousLayer(batch, spec.num_key_value_heads, room, spec.head_dim, spec.value_dim, dtype, device) for spec in layers
+        ]
+        return cache
 
     def __init__(self, batch: int, capacity: int, device: torch.device, padding: Sequence[int] | None) -> None:
         for name, value in (("batch", batch), ("max_len", capacity)):
