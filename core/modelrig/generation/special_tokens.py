@@ -13,6 +13,8 @@ from modelrig.checkpoint.paths import inside, optional
 from modelrig.checkpoint.strict_json import load_json
 from modelrig.components import Snapshot
 from modelrig.errors import ConfigError, TokenizerError, quoted
+from modelrig.planning.identify import CONFIG as MODEL_CONFIG
+from modelrig.planning.identify import read_eos_ids
 
 MAX_TEMPLATE_BYTES = 1 << 20
 MAX_TEMPLATES = 100
@@ -53,28 +55,14 @@ def read_special_tokens(snapshot: Snapshot) -> SpecialTokens:
 
 
 def end_of_text_ids(snapshot: Snapshot, vocab_size: int) -> tuple[int, ...]:
-    """The ids that end a text, as `generation_config.json` says, or else `config.json`; also for a folder without a tokenizer.
-
-    Ids a model with `vocab_size` logits cannot produce are left out: they end nothing.
+    """The ids that end a text, as the plan reads them; those a model with `vocab_size` logits cannot produce are left out.
 
     Raises:
         ConfigError: CF-TYPE if `eos_token_id` is neither an id nor a list of ids, or what `load_json` finds.
     """
-    for name in ("generation_config.json", "config.json"):
-        path = optional(snapshot, name)
-        if path is None:
-            continue
-        value = load_json(path, error=ConfigError, prefix="CF").get("eos_token_id")
-        if value is None:
-            continue
-        ids = value if isinstance(value, list) else [value]
-        for token in ids:
-            if isinstance(token, bool) or not isinstance(token, int):
-                raise ConfigError(
-                    "CF-TYPE", f"{quoted(token)}: accepted is a token id or a list of them", path=path, locus="eos_token_id"
-                )
-        return tuple(dict.fromkeys(token for token in ids if 0 <= token < vocab_size))
-    return ()
+    path = optional(snapshot, MODEL_CONFIG)
+    config = {} if path is None else load_json(path, error=ConfigError, prefix="CF")
+    return tuple(dict.fromkeys(token for token in read_eos_ids(config, snapshot) if token < vocab_size))
 
 
 def _json(snapshot: Snapshot, name: str) -> dict[str, Any]:
