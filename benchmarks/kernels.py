@@ -1,4 +1,4 @@
-"""Which linear kernel reads weights fastest for one row? `F.linear`, `torch.mv` and friends over the shapes that decoding meets.
+"""Which linear kernel reads weights fastest for one row, over the shapes that decoding meets?
 
     python -m benchmarks.kernels [--repeats 30]
 
@@ -22,28 +22,36 @@ SHAPES = (
     (2048, 2048), (256, 2048), (5632, 2048), (2048, 5632), (32000, 2048),
     (576, 576), (192, 576), (1536, 576), (576, 1536), (49152, 576),
 )  # fmt: skip
-KERNELS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "F.linear [1, K]": lambda w, x: F.linear(x[None], w),
-    "mv": torch.mv,
+#: name → (how a weight is kept, how it multiplies one row); the second takes what the first returns
+KERNELS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
+    "F.linear": (lambda w: w, lambda w, x: F.linear(x[None], w)),
+    "mv": (lambda w: w, torch.mv),
+    "bmm of 8 slices": (lambda w: w, lambda w, x: torch.bmm(x.expand(8, 1, -1), w.view(8, -1, len(x)).transpose(1, 2))),
+    "oneDNN, plain": (lambda w: w, lambda w, x: torch.ops.mkldnn._linear_pointwise(x[None], w, None, "none", [], "")),
+    "oneDNN, packed": (
+        lambda w: torch.ops.mkldnn._reorder_linear_weight(w, 1),
+        lambda w, x: torch.ops.mkldnn._linear_pointwise(x[None], w, None, "none", [], ""),
+    ),
 }
-POOL_BYTES = 1 << 30
+POOL_BYTES = 1 << 28
 
 
-def gigabytes_per_second(
-    kernel: Callable[[Tensor, Tensor], Tensor], rows: int, columns: int, dtype: torch.dtype, repeats: int
-) -> float:
+def gigabytes_per_second(rows: int, columns: int, dtype: torch.dtype, repeats: int) -> dict[str, float]:
+    """Median of each kernel, all of them in turn in every repeat, since the machine's mood changes."""
     count = max(2, min(64, POOL_BYTES // (rows * columns * dtype.itemsize)))
     pool = [torch.randn(rows, columns).to(dtype) for _ in range(count)]
+    kept = {name: [keep(weight) for weight in pool] for name, (keep, _) in KERNELS.items()}
     x = torch.randn(columns).to(dtype)
-    seconds = []
+    seconds: dict[str, list[float]] = {name: [] for name in KERNELS}
     with torch.inference_mode():
-        for repeat in range(repeats + 2):
-            started = time.perf_counter()
-            for weight in pool:
-                kernel(weight, x)
-            if repeat > 1:
-                seconds.append((time.perf_counter() - started) / count)
-    return rows * columns * dtype.itemsize / statistics.median(seconds) / 1e9
+        for _ in range(repeats + 1):
+            for name, (_, multiply) in KERNELS.items():
+                started = time.perf_counter()
+                for weight in kept[name]:
+                    multiply(weight, x)
+                seconds[name].append((time.perf_counter() - started) / count)
+    size = rows * columns * dtype.itemsize
+    return {name: round(size / statistics.median(found[1:]) / 1e9, 1) for name, found in seconds.items()}
 
 
 def main() -> None:
@@ -54,7 +62,7 @@ def main() -> None:
     for dtype in (torch.bfloat16, torch.float32):
         rows = []
         for shape in SHAPES:
-            rates = {name: round(gigabytes_per_second(kernel, *shape, dtype, repeats), 1) for name, kernel in KERNELS.items()}
+            rates = gigabytes_per_second(*shape, dtype, repeats)
             figures[f"{shape[0]}x{shape[1]} {dtype}".replace("torch.", "")] = rates
             rows.append([f"{shape[0]} × {shape[1]}", *rates.values()])
         print(f"\n{dtype}, GB/s of weights\n\n{table(['weight', *KERNELS], rows)}", flush=True)
