@@ -20,6 +20,7 @@ Where does a new cache go? `plugins/modelrig_plugins/caches/`: `<name>.py` holds
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -27,6 +28,7 @@ from attrs import Factory, field, frozen
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+    from typing_extensions import Buffer
 
     from modelrig.modules.slots import Slots, Visibility
 
@@ -120,9 +122,13 @@ class Source(Component):
 
 @frozen(kw_only=True)
 class Format(Component):
-    """How tensor files are read. Planner: `FormatPlanner`; implementation: `FormatReader`."""
+    """How tensor files are read and written. Planner: `FormatPlanner`; implementation: `FormatReader`.
+
+    Where a folder holds the files of several formats, one that `yields_to` another of them leaves it the claim.
+    """
 
     kind: ClassVar[str] = "formats"
+    yields_to: frozenset[str] = field(default=frozenset(), converter=_names)
 
 
 @frozen(kw_only=True)
@@ -268,6 +274,8 @@ class Snapshot:
     root: Path
     source: str  # component name
     revision: str | None = None
+    #: which of several sets of tensor files: "fp16" for model.fp16.safetensors; None for those without such a mark
+    variant: str | None = None
     #: folders that links inside `root` may point into (the blobs folder of a hub cache)
     link_roots: tuple[Path, ...] = ()
     complete: bool = True  # every tensor file is on disk
@@ -299,7 +307,10 @@ class SourceFetcher(Protocol):
 
 @frozen
 class TensorEntry:
-    """One stored tensor: verified byte range `[offset, offset + nbytes)` of file number `file` of its catalog."""
+    """One stored tensor: verified byte range `[offset, offset + nbytes)` of file number `file` of its catalog.
+
+    Entries with the same range are one tensor under several names (a tie); ranges never overlap otherwise.
+    """
 
     name: str
     dtype: str  # torch's name
@@ -307,6 +318,7 @@ class TensorEntry:
     file: int
     offset: int
     nbytes: int
+    strides: tuple[int, ...] | None = None  # in elements, where they are another order of the same dense range than C's
 
 
 @frozen
@@ -336,8 +348,27 @@ class Catalog:
         return sum(entry.nbytes for entry in self.entries.values())
 
 
+@frozen
+class StoredTensor:
+    """A tensor to be written: its name in the file, torch's dtype name, shape. `aliases` are further names of the same tensor,
+    which a format writes if it can store one tensor under several names, and leaves out otherwise."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        return dtype_bytes(self.dtype, prod(self.shape))
+
+
 class FormatPlanner(Protocol):
-    """Finds and verifies a checkpoint's tensors by their headers."""
+    """Finds and verifies a checkpoint's tensors by their headers.
+
+    A format that can be written too has three more members: `files`, the names of its files
+    (`modelrig.checkpoint.layout.FileNames`), `size` and `write`.
+    """
 
     def claims(self, snapshot: Snapshot) -> str | None:
         """Why this format recognises the folder (the file it would start from), or None."""
@@ -345,6 +376,24 @@ class FormatPlanner(Protocol):
 
     def catalog(self, snapshot: Snapshot) -> Catalog:
         """Every tensor with its verified byte range. Raises `FormatError`, `IndexFileError`, `FileError`."""
+        ...
+
+    def size(self, tensors: Sequence[StoredTensor], metadata: Mapping[str, str]) -> int:
+        """Bytes of the file that `write` makes of the same arguments. Raises `FormatError` for what the format cannot hold."""
+        ...
+
+    def write(
+        self,
+        tensors: Sequence[StoredTensor],
+        metadata: Mapping[str, str],
+        read: Callable[[StoredTensor], Iterable[Buffer]],
+        write: Callable[[Buffer], None],
+    ) -> None:
+        """One tensor file, from its first byte to its last.
+
+        `read(tensor)` yields the bytes of a tensor in parts, little-endian and in C order; it is called once for each, in the
+        order in which the file holds them, and a part is valid until the next one is asked for. `write` appends to the file.
+        """
         ...
 
 
@@ -377,15 +426,45 @@ class AttentionSpec:
     sinks: bool = False
 
 
+#: (start, stop) along each dimension of a tensor
+Region = tuple[tuple[int, int], ...]
+
+
+@frozen
+class Part:
+    """How one stored tensor becomes (a region of) a parameter. `modelrig.checkpoint.mapping` makes these of rules.
+
+    The region `taken` of the stored tensor is viewed in the shape `axes`, its axes are permuted to `order`, and the elements, read
+    in that order, are the region `into` of the parameter. None stands for: all of it, as it is.
+    """
+
+    name: str
+    shape: tuple[int, ...]  # as stored
+    taken: Region | None = None
+    axes: tuple[int, ...] | None = None
+    order: tuple[int, ...] | None = None
+    into: Region | None = None
+
+
 @frozen
 class Parameter:
-    """One parameter of the module: its name in the module and on disk, its shape, and what it is for."""
+    """One parameter of the module: its name in the module and on disk, its shape, and what it is for.
+
+    `stored_as` is the name of the one stored tensor that it is; None for a tie, which has no storage of its own, and for a parameter
+    that is put together of `parts`.
+    """
 
     name: str
     shape: tuple[int, ...]
     role: str  # linear, embedding, head, norm, bias, experts, other
-    stored_as: str | None  # name in the checkpoint; None for a tie, which has no storage of its own
+    stored_as: str | None
     block: int | None = None  # index into ModelFacts.blocks
+    parts: tuple[Part, ...] = ()
+
+    @property
+    def sources(self) -> tuple[Part, ...]:
+        """What it is read from; nothing for a tie."""
+        return self.parts if self.stored_as is None else (Part(self.stored_as, self.shape),)
 
 
 @frozen(kw_only=True)
