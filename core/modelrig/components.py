@@ -450,7 +450,7 @@ class Part:
 class Parameter:
     """One parameter of the module: its name in the module and on disk, its shape, and what it is for.
 
-    `stored_as` is the name of the one stored tensor that it is; None for a tie, which has no storage of its own, and for a parameter
+    `stored_as` is the name of the one stored tensor that it is; None for a tie, which has no storage of its own, and for one
     that is put together of `parts`.
     """
 
