@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from modelrig.generation.options import GenerateOptions
     from modelrig.generation.session import Session
     from modelrig.generation.tokenizer import Tokenizer
-    from modelrig.loading.materialise import LoadReport
+    from modelrig.loading.materialise import Filled
 
 Message = Mapping[str, Any]
 ProgressChoice = bool | Callable[[int, int], None]
@@ -108,6 +108,7 @@ def _load(plan: Plan, progress: Callable[[int, int], None] | None) -> Model:
     from modelrig.loading.fetch import fetch
     from modelrig.loading.materialise import materialise
     from modelrig.modules.decoder import BuildContext
+    from modelrig.planning.placement_maps import resolve
 
     dtype, device = getattr(torch, plan.dtype), torch.device(plan.device)
     parts = {kind: choice.registered.implementation() for kind, choice in plan.choices.items()}
@@ -120,10 +121,18 @@ def _load(plan: Plan, progress: Callable[[int, int], None] | None) -> Model:
     context = BuildContext(parts["attention"], parts["quantizers"], dtype)
     with torch.inference_mode(False):  # parameters made in a caller's inference block would be of no use outside
         module = parts["architectures"].build(plan.facts, context)
-        report = materialise(
-            module, plan.facts, catalog, parts["formats"], parts["quantizers"], dtype=dtype, device=device, progress=progress
+        filled = materialise(
+            module,
+            plan.facts,
+            catalog,
+            parts["formats"],
+            parts["quantizers"],
+            dtype=dtype,
+            device=device,
+            places=resolve(plan.device_map, (one.name for one in plan.facts.parameters)),
+            progress=progress,
         )
-    return Model(plan, module, tokenizer, parts, report)
+    return Model(plan, module, tokenizer, parts, filled)
 
 
 class Model:
@@ -137,13 +146,14 @@ class Model:
     """
 
     def __init__(
-        self, plan: Plan, module: nn.Module, tokenizer: Tokenizer | None, parts: Mapping[str, Any], load_report: LoadReport
+        self, plan: Plan, module: nn.Module, tokenizer: Tokenizer | None, parts: Mapping[str, Any], filled: Filled
     ) -> None:
         import torch
 
         from modelrig.generation.caches import CachePool
 
-        self.plan, self.tokenizer, self.load_report = plan, tokenizer, load_report
+        self.plan, self.tokenizer, self.load_report = plan, tokenizer, filled.report
+        self._streamer = filled.streamer
         self._module: nn.Module | None = module
         self._parts = dict(parts)
         self._dtype, self._device = getattr(torch, plan.dtype), torch.device(plan.device)
@@ -191,6 +201,9 @@ class Model:
     def close(self) -> None:
         """Let go of weights and caches; safe to call twice."""
         self._module = self._step = None
+        if self._streamer is not None:
+            self._streamer.close()
+            self._streamer = None
         self._pool.close()
         self._parts.clear()
 

@@ -18,7 +18,7 @@ import modelrig
 from checkpoints import write_llama
 from modelrig.components import Parameter
 from modelrig.errors import FileError, LoadError, PluginError, TokenizerError
-from modelrig.loading import materialise, transport
+from modelrig.loading import pieces, transport
 from residue import held, mappings, resident_bytes
 
 FILE = "model.safetensors"
@@ -118,9 +118,9 @@ def test_tensors_at_addresses_their_dtype_does_not_allow_are_copied(folder: Path
 
 @pytest.mark.parametrize("to", ["float64", "float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
-@pytest.mark.parametrize("piece", [materialise.PIECE_BYTES, 264], ids=["", "in small pieces"])
+@pytest.mark.parametrize("piece", [pieces.PIECE_BYTES, 264], ids=["", "in small pieces"])
 def test_casting_equals_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, to: str, piece: int) -> None:
-    monkeypatch.setattr(materialise, "PIECE_BYTES", piece)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", piece)
     write_llama(tmp_path, dtype=dtype)
     plan = modelrig.plan(tmp_path, dtype=to)
     model = plan.load()

@@ -1,31 +1,27 @@
-"""Fill a module that was built on the meta device.
+"""Fill a module that was built on the meta device: schedule → execute → finalise.
 
 On CPU a tensor whose dtype stays is a view of the mapped file: nothing is copied, processes share the pages. Any other tensor is
-cast in pieces straight into its final storage, so the peak is the model plus one piece.
+cast in pieces straight into its final storage, so the peak is the model plus a few pieces. What the device map leaves on disk, or
+in main memory for a GPU, is brought by a `Streamer` when it is needed.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from itertools import groupby
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from contextlib import ExitStack
 
 import torch
 from attrs import evolve, frozen
-from torch import Tensor, nn
+from torch import nn
 
-from modelrig.components import DTYPE_BITS, Catalog, FormatReader, LinearMaker, ModelFacts, TensorEntry
+from modelrig.components import Catalog, FormatReader, LinearMaker, ModelFacts, Parameter
 from modelrig.errors import LoadError, PluginError
-from modelrig.loading.schedule import schedule
-from modelrig.loading.transport import TensorFileReader, check_unchanged
+from modelrig.loading.filling import Filler, Progress, Wanted
+from modelrig.loading.offload import Streamer, Unit
 
-if TYPE_CHECKING:
-    from modelrig.components import TensorFile
-
-PIECE_BYTES = 4 << 20  # read and cast at a time; larger ones leave the processor's cache
-
-Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
+DISK = "disk"
+EMBEDDING = "embedding"  # the role of parameters that are looked up by rows
 
 
 @frozen
@@ -37,6 +33,14 @@ class LoadReport:
     seconds: float
 
 
+@frozen(eq=False)
+class Filled:
+    """A filled module's report, and what brings the weights that are not in the device's memory; None when all are."""
+
+    report: LoadReport
+    streamer: Streamer | None
+
+
 def materialise(
     module: nn.Module,
     facts: ModelFacts,
@@ -46,9 +50,14 @@ def materialise(
     *,
     dtype: torch.dtype,
     device: torch.device,
+    places: Mapping[str, str] | None = None,
     progress: Progress | None = None,
-) -> LoadReport:
-    """schedule → execute → finalise.
+) -> Filled:
+    """Give every parameter its data.
+
+    Args:
+        device: where the model computes.
+        places: parameter → device, or `"disk"`; everything on `device` by default.
 
     Raises:
         LoadError: LD-DTYPE for a stored dtype that is no weight, LD-META if a parameter got no data.
@@ -56,71 +65,81 @@ def materialise(
         PluginError: PL-CONTRACT if the module has not the parameters that the plan's facts say.
     """
     started = time.perf_counter()
-    reads = schedule(facts, catalog)
-    total, done, mapped = sum(read.entry.nbytes for read in reads), 0, 0
-    for number, group in groupby(reads, key=lambda read: read.entry.file):
-        with TensorFileReader(catalog.files[number]) as file:
-            place = _Placer(file, reader, dtype, device)
-            for read in group:
-                tensor, is_view = place(read.entry)
-                _assign(module, read.parameter.name, tensor, facts.architecture)
-                done += read.entry.nbytes
-                mapped += read.entry.nbytes * is_view
-                if progress is not None:
-                    progress(done, total)
-    for number in dict.fromkeys(read.entry.file for read in reads):
-        check_unchanged(catalog.files[number])
-    finalise(module, facts, linear, device)
-    return LoadReport(mapped, done - mapped, time.perf_counter() - started)
+    places = places or {}
+    wanted = {one.name: Wanted(one.name, one.shape, dtype, device, one.sources) for one in facts.parameters if one.sources}
+    for one in wanted.values():
+        _require_shape(module, one, facts.architecture)
+    on_disk = {name for name in wanted if places.get(name) == DISK}
+    elsewhere = {name for name in wanted if name not in on_disk and _is_held(places.get(name), device)}
+    with ExitStack() as stack:
+        filler = stack.enter_context(Filler(catalog, reader))
+        now = [
+            evolve(one, device=torch.device("cpu")) if name in elsewhere else one
+            for name, one in wanted.items()
+            if name not in on_disk
+        ]
+        tensors = filler.fill(now, progress)
+        filler.check_unchanged()
+        streamer = None
+        if on_disk or elsewhere:
+            paging = stack.enter_context(Filler(catalog, reader, keep_open=True))
+            streamer = Streamer(_units(module, facts, wanted, on_disk, {name: tensors[name] for name in elsewhere}), paging, device)
+            stack.callback(streamer.close)
+            tensors.update(streamer.tensors)
+        for name, tensor in tensors.items():
+            owner, leaf = _slot(module, name, facts.architecture)
+            owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+        finalise(module, facts, linear, device)
+        if streamer is not None:
+            streamer.attach()
+            stack.pop_all()
+            filler.close()
+    report = LoadReport(filler.tally.mapped_bytes, filler.tally.copied_bytes, time.perf_counter() - started)
+    return Filled(report, streamer)
 
 
-class _Placer:
-    """Brings tensors of one file to their final dtype and device."""
-
-    def __init__(self, file: TensorFileReader, reader: FormatReader, dtype: torch.dtype, device: torch.device) -> None:
-        self.file, self.reader, self.dtype, self.device = file, reader, dtype, device
-        self.staging = torch.empty(PIECE_BYTES, dtype=torch.uint8)
-
-    def __call__(self, entry: TensorEntry) -> tuple[Tensor, bool]:
-        """(the tensor, whether it is a view of the file)."""
-        stored = _floating_dtype(entry, self.file.file)
-        if stored != self.dtype or self.device.type != "cpu":
-            return self._converted(entry, stored), False
-        # A mapped tensor must begin at a multiple of its item size, which the format does not promise.
-        data = self.file.view(entry) if entry.offset % stored.itemsize == 0 else None
-        if data is None:
-            data = self.file.read(entry.offset, torch.empty(entry.nbytes, dtype=torch.uint8))
-            return self.reader.decode(data, entry), False
-        tensor = self.reader.decode(data, entry)
-        return tensor, tensor.untyped_storage().data_ptr() == data.untyped_storage().data_ptr()
-
-    def _converted(self, entry: TensorEntry, stored: torch.dtype) -> Tensor:
-        target = torch.empty(entry.shape, dtype=self.dtype, device=self.device)
-        flat, count = target.view(-1), PIECE_BYTES // stored.itemsize
-        for start in range(0, flat.numel(), count):
-            end = min(start + count, flat.numel())
-            first, size = entry.offset + start * stored.itemsize, (end - start) * stored.itemsize
-            data = self.file.read(first, self.staging[:size])
-            part = evolve(entry, shape=(end - start,), offset=first, nbytes=size)
-            flat[start:end].copy_(self.reader.decode(data, part))
-        return target
+def _is_held(place: str | None, device: torch.device) -> bool:
+    """Whether what lies at `place` waits in main memory for a device that computes elsewhere."""
+    return place == "cpu" and device.type != "cpu"
 
 
-def _floating_dtype(entry: TensorEntry, file: TensorFile) -> torch.dtype:
-    dtype: torch.dtype | None = getattr(torch, entry.dtype, None)
-    if dtype is None or not dtype.is_floating_point or DTYPE_BITS[entry.dtype] < 8:
-        reason = f"is stored as {entry.dtype}, which is no plain weight; only a quantizer could read it"
-        raise LoadError("LD-DTYPE", reason, path=file.path, locus=entry.name)
-    return dtype
+def _units(
+    module: nn.Module,
+    facts: ModelFacts,
+    wanted: Mapping[str, Wanted],
+    on_disk: set[str],
+    held: Mapping[str, torch.Tensor],
+) -> list[Unit]:
+    """Blocks, and modules outside of blocks that have parameters of their own, in execution order."""
+    groups: dict[str, list[Parameter]] = {}
+    for parameter in facts.parameters:
+        if parameter.name in on_disk or parameter.name in held:
+            name = facts.blocks[parameter.block] if parameter.block is not None else parameter.name.rpartition(".")[0]
+            groups.setdefault(name, []).append(parameter)
+    users: dict[str, list[str]] = {}
+    for alias, original in facts.ties.items():
+        users.setdefault(original, []).append(alias.rpartition(".")[0])
+    units = []
+    for name, parameters in groups.items():
+        sites = dict.fromkeys([name, *(user for one in parameters for user in users.get(one.name, ()))])
+        units.append(
+            Unit(
+                name=name,
+                wanted=tuple(wanted[one.name] for one in parameters),
+                sites=tuple(module.get_submodule(site) for site in sites),
+                gathered=frozenset(one.name for one in parameters if one.role == EMBEDDING and one.name not in users),
+                held={one.name: held[one.name] for one in parameters if one.name in held},
+            )
+        )
+    return units
 
 
-def _assign(module: nn.Module, name: str, tensor: Tensor, architecture: str) -> None:
-    owner, leaf = _slot(module, name, architecture)
+def _require_shape(module: nn.Module, one: Wanted, architecture: str) -> None:
+    owner, leaf = _slot(module, one.name, architecture)
     shape = owner._parameters[leaf].shape  # type: ignore[union-attr]
-    if shape != tensor.shape:
-        text = f"{architecture} builds {name} as {list(shape)}, its plan says {list(tensor.shape)}"
-        raise PluginError("PL-CONTRACT", text, plugin=architecture, locus=name)
-    owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    if shape != one.shape:
+        text = f"{architecture} builds {one.name} as {list(shape)}, its plan says {list(one.shape)}"
+        raise PluginError("PL-CONTRACT", text, plugin=architecture, locus=one.name)
 
 
 def _slot(module: nn.Module, name: str, architecture: str) -> tuple[nn.Module, str]:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from modelrig.loading.materialise import Progress
+from modelrig.loading.filling import Progress
 
 
 @contextmanager

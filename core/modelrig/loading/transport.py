@@ -7,9 +7,11 @@ SIGBUS, and reading in pieces is as fast as touching mapped pages.
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import threading
+import warnings
 import weakref
 from types import TracebackType
 
@@ -32,8 +34,8 @@ class TensorFileReader:
         FileError: IO-CHANGED if the file is not the one that was catalogued, IO-READ if it cannot be opened.
     """
 
-    def __init__(self, file: TensorFile) -> None:
-        self.file = file
+    def __init__(self, file: TensorFile, *, for_paging: bool = False) -> None:
+        self.file, self.for_paging = file, for_paging
         self._mapped: Tensor | None = None  # uint8, the whole file
         with open_regular(file.path) as (descriptor, status):
             if file.identity is not None and identity(status) != file.identity:
@@ -77,14 +79,21 @@ class TensorFileReader:
         self.close()
 
     def _map(self) -> None:
-        try:
-            mapping = mmap.mmap(self._descriptor, self.file.size, access=mmap.ACCESS_COPY)
-        except ValueError:  # it has become shorter
-            raise _changed(self.file) from None
-        except OSError:  # a file system that cannot, or no address space left: reading may still do
+        # RLIMIT_DATA counts a copy-on-write mapping, though nobody writes to it; what is paged in and out may do with less.
+        for access in (mmap.ACCESS_COPY, mmap.ACCESS_READ) if self.for_paging else (mmap.ACCESS_COPY,):
+            try:
+                mapping = mmap.mmap(self._descriptor, self.file.size, access=access)
+                break
+            except ValueError:  # it has become shorter
+                raise _changed(self.file) from None
+            except OSError:  # a file system that cannot, or no address space left: reading may still do
+                continue
+        else:
             self._can_map = False
             return
-        self._mapped = torch.frombuffer(mapping, dtype=torch.uint8)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
+            self._mapped = torch.frombuffer(mapping, dtype=torch.uint8)
         with _lock:
             _mappings[self._mapped.data_ptr()] = mapping
 
@@ -110,6 +119,25 @@ def _changed(file: TensorFile) -> FileError:
 #: address → mapping, for those that tensors still view
 _mappings: weakref.WeakValueDictionary[int, mmap.mmap] = weakref.WeakValueDictionary()
 _lock = threading.Lock()
+
+
+_POPULATE_READ = 22  # MADV_POPULATE_READ, from Linux 5.14 on
+_POPULATED = 16 << 20  # bytes asked for at a time
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def fetch_pages(tensor: Tensor) -> None:
+    """Bring the pages behind a view of a mapped file into memory, read from the disk where the page cache lacks them.
+
+    A hint: what cannot be fetched (an older kernel, a file that shrank) is left to the first use. `mmap.madvise` would hold up
+    every other Python thread meanwhile.
+    """
+    start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+    end = tensor.data_ptr() + tensor.nbytes
+    for address in range(start, end, _POPULATED):
+        size = min(_POPULATED, end - address)
+        if _libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), _POPULATE_READ):
+            return
 
 
 def drop_pages(tensor: Tensor) -> None:

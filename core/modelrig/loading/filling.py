@@ -1,0 +1,296 @@
+"""Read stored tensors into tensors: viewed in place where that serves, else in parallel, in pieces, cast on the way.
+
+    with Filler(catalog, reader) as filler:
+        tensors = filler.fill([Wanted("lm_head.weight", shape, torch.float32, cpu, sources)], progress)
+
+Reads go through the files from front to back. What is in flight is bounded by one piece for each thread, whatever the tensors'
+sizes, so the peak is the final tensors and a few megabytes.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import torch
+from attrs import frozen
+from torch import Tensor
+
+from modelrig.components import DTYPE_BITS, Catalog, FormatReader, Part, TensorEntry
+from modelrig.errors import LoadError
+from modelrig.loading.pieces import PIECE_BYTES, Piece, is_whole, pieces
+from modelrig.loading.transport import TensorFileReader, check_unchanged
+
+if TYPE_CHECKING:
+    from modelrig.components import TensorFile
+
+Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
+
+READERS = 4  # threads at most: two fill a local disk's queue, and casting wants a core each
+_REPORT_SECONDS = 0.1
+_SERIAL = 32_767  # elements torch copies without starting threads of its own, of which there are enough
+
+
+@frozen(eq=False)
+class Wanted:
+    """A tensor to be made of stored ones, or, with `buffer`, one to be filled: then dtype and device are those of the buffer."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    sources: tuple[Part, ...]
+    buffer: Tensor | None = None
+    may_view: bool = True  # a copy-on-write view of the mapped file serves as well
+
+
+@frozen
+class Tally:
+    """Bytes of the files: viewed in place, and copied into memory of their own."""
+
+    mapped_bytes: int = 0
+    copied_bytes: int = 0
+
+
+class Filler:
+    """Reads from the files of one catalog; a context manager. A file is open while its tensors are read, or with `keep_open`, for
+    those that are read again and again, until the end.
+
+    Raises:
+        FileError: IO-CHANGED, IO-READ.
+        LoadError: LD-DTYPE for a stored dtype that cannot become what is wanted.
+    """
+
+    def __init__(self, catalog: Catalog, reader: FormatReader, *, keep_open: bool = False) -> None:
+        self.catalog, self.reader, self.keep_open = catalog, reader, keep_open
+        self.tally = Tally()
+        self._files: dict[int, TensorFileReader] = {}
+        self._read: set[int] = set()  # numbers of the files that were opened
+        self._stop = threading.Event()
+        self._stagings = threading.local()
+
+    def __enter__(self) -> Filler:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+
+    def check_unchanged(self) -> None:
+        """Raise `FileError` (IO-CHANGED) if a file that was read is no longer what was catalogued."""
+        for number in sorted(self._read):
+            check_unchanged(self.catalog.files[number])
+
+    def file(self, number: int) -> TensorFileReader:
+        """The open file `number` of the catalog."""
+        found = self._files.get(number)
+        if found is None:
+            found = self._files[number] = TensorFileReader(self.catalog.files[number], for_paging=self.keep_open)
+            self._read.add(number)
+        return found
+
+    # ------------------------------------------------------------------------------------------ the whole job
+
+    def fill(self, wanted: Sequence[Wanted], progress: Progress | None = None) -> dict[str, Tensor]:
+        """name → tensor, for all that is wanted. One error, or an interruption, ends all of it."""
+        tensors: dict[str, Tensor] = {}
+        entries = self.catalog.entries
+        jobs = [(entries[part.name], part, one) for one in wanted for part in one.sources]
+        jobs.sort(key=lambda job: (job[0].file, job[0].offset))
+        counter = _Counter(sum(_taken_bytes(entry, part) for entry, part, _ in jobs), progress)
+        mapped = 0
+        with ExitStack() as stack:
+            pool: ThreadPoolExecutor | None = None
+            for number, group in _by_file(jobs):
+                todo: list[tuple[TensorEntry, Part, Tensor]] = []
+                for entry, part, one in group:
+                    view = self._view(number, entry, part, one)
+                    if view is not None:
+                        tensors[one.name] = view
+                        mapped += entry.nbytes
+                        counter.add(entry.nbytes)
+                        counter.report()
+                        continue
+                    if one.name not in tensors:
+                        tensors[one.name] = one.buffer if one.buffer is not None else _allocate(one)
+                    todo.append((entry, part, tensors[one.name]))
+                if todo and pool is None:
+                    pool = stack.enter_context(ThreadPoolExecutor(num_readers(), thread_name_prefix="modelrig-read"))
+                if todo and pool is not None:
+                    self._run(pool, self.file(number), list(self._pieces(todo)), counter)
+                if not self.keep_open and number in self._files:
+                    self._files.pop(number).close()
+        for one in wanted:  # made of nothing, such as a stack of no tensors
+            if one.name not in tensors:
+                tensors[one.name] = one.buffer if one.buffer is not None else _allocate(one)
+        self.tally = Tally(self.tally.mapped_bytes + mapped, self.tally.copied_bytes + counter.done - mapped)
+        return tensors
+
+    def view(self, one: Wanted) -> Tensor | None:
+        """What is wanted as a view of its mapped file; None where it must be copied."""
+        if len(one.sources) != 1:
+            return None
+        entry = self.catalog.entries[one.sources[0].name]
+        return self._view(entry.file, entry, one.sources[0], one)
+
+    def _view(self, number: int, entry: TensorEntry, part: Part, one: Wanted) -> Tensor | None:
+        """The stored bytes as they lie in the file, where they are all that is wanted."""
+        stored = stored_dtype(entry, self.catalog.files[number])
+        require_castable(entry, stored, one, self.catalog.files[number])
+        serves = (
+            one.buffer is None
+            and one.may_view
+            and stored == one.dtype
+            and one.device.type == "cpu"
+            and entry.strides is None
+            and is_whole(part)
+            and entry.offset % stored.itemsize == 0
+        )
+        data = self.file(number).view(entry) if serves else None
+        if data is None:
+            return None
+        tensor = self.reader.decode(data, entry)
+        return tensor if entry.nbytes == 0 or tensor.untyped_storage().data_ptr() == data.untyped_storage().data_ptr() else None
+
+    # ------------------------------------------------------------------------------------------ pieces
+
+    def _pieces(self, jobs: Iterable[tuple[TensorEntry, Part, Tensor]]) -> Iterator[Piece]:
+        for entry, part, tensor in jobs:
+            yield from pieces(entry, part, tensor)
+
+    def _run(self, pool: ThreadPoolExecutor, file: TensorFileReader, todo: list[Piece], counter: _Counter) -> None:
+        """Bring all pieces of one file to their places, several at a time."""
+        if len(todo) < 64 and sum(piece.entry.nbytes for piece in todo) < PIECE_BYTES:  # not worth waking anybody
+            for piece in todo:
+                self.bring(file, piece)
+                counter.add(piece.entry.nbytes)
+                counter.report()
+            return
+        waiting, lock = iter(todo), threading.Lock()
+
+        def work() -> None:
+            while not self._stop.is_set():
+                with lock:
+                    piece = next(waiting, None)
+                if piece is None:
+                    return
+                self.bring(file, piece)
+                counter.add(piece.entry.nbytes)
+
+        futures: set[Future[None]] = {pool.submit(work) for _ in range(min(num_readers(), len(todo)))}
+        try:
+            while futures:
+                finished, futures = wait(futures, _REPORT_SECONDS)
+                for future in finished:
+                    future.result()
+                counter.report()
+        except BaseException:  # Ctrl-C, a progress function that raises: nobody reads on
+            self._stop.set()
+            wait(futures)
+            self._stop.clear()
+            raise
+
+    def bring(self, file: TensorFileReader, piece: Piece) -> None:
+        """Read one piece, and cast it into its place."""
+        entry, into = piece.entry, piece.into
+        with torch.inference_mode(False), torch.no_grad():
+            if piece.cut is None and entry.strides is None and _takes_bytes(entry, into):
+                file.read(entry.offset, into.view(-1).view(torch.uint8))
+                return
+            data = file.read(entry.offset, self._staging(entry.nbytes, into.device))
+            values = piece.shaped(self.reader.decode(data, entry))
+            if into.device.type == "cpu" and into.dim() == 1:
+                for target, source in zip(torch.split(into, _SERIAL), torch.split(values, _SERIAL), strict=True):
+                    target.copy_(source)
+            else:
+                into.copy_(values)
+
+    def _staging(self, count: int, device: torch.device) -> Tensor:
+        """Memory of this thread to read into; pinned for a GPU. One for what is larger than a piece is not kept."""
+        key = "cpu" if device.type == "cpu" else "pinned"
+        kept: Tensor | None = getattr(self._stagings, key, None)
+        if kept is None:
+            kept = torch.empty(PIECE_BYTES, dtype=torch.uint8, pin_memory=key == "pinned")
+            setattr(self._stagings, key, kept)
+        return kept[:count] if count <= kept.numel() else torch.empty(count, dtype=torch.uint8)
+
+
+def num_readers() -> int:
+    return max(1, min(READERS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))
+
+
+def stored_dtype(entry: TensorEntry, file: TensorFile) -> torch.dtype:
+    """torch's dtype of what is stored. Raises `LoadError` (LD-DTYPE) where torch has none."""
+    dtype: torch.dtype | None = getattr(torch, entry.dtype, None)
+    if dtype is None or DTYPE_BITS[entry.dtype] < 8:
+        reason = (
+            f"is stored as {entry.dtype}, which has no dtype in torch with one value per element; only a quantizer could read it"
+        )
+        raise LoadError("LD-DTYPE", reason, path=file.path, locus=entry.name)
+    return dtype
+
+
+def require_castable(entry: TensorEntry, stored: torch.dtype, one: Wanted, file: TensorFile) -> None:
+    """Floats become floats; anything else stays what it is. Raises `LoadError` (LD-DTYPE)."""
+    if stored != one.dtype and not (stored.is_floating_point and one.dtype.is_floating_point):
+        reason = f"is stored as {entry.dtype}, and {one.name} is {str(one.dtype).removeprefix('torch.')}: such values are not cast"
+        raise LoadError("LD-DTYPE", reason, path=file.path, locus=entry.name)
+
+
+def _takes_bytes(entry: TensorEntry, into: Tensor) -> bool:
+    """Whether the stored bytes can be read straight into `into`. Those of bool may not: a stored 2 must become 1."""
+    stored = getattr(torch, entry.dtype)
+    return bool(stored == into.dtype and stored != torch.bool and into.device.type == "cpu" and into.is_contiguous())
+
+
+def _allocate(one: Wanted) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.empty(one.shape, dtype=one.dtype, device=one.device)
+
+
+def _taken_bytes(entry: TensorEntry, part: Part) -> int:
+    """Of a tensor of which several parts are taken, each counts its share."""
+    if part.taken is None:
+        return entry.nbytes
+    count = 1
+    for start, stop in part.taken:
+        count *= stop - start
+    return (count * DTYPE_BITS[entry.dtype] + 7) // 8
+
+
+Job = tuple[TensorEntry, Part, Wanted]
+
+
+def _by_file(jobs: Sequence[Job]) -> Iterator[tuple[int, Sequence[Job]]]:
+    start = 0
+    for end in range(1, len(jobs) + 1):
+        if end == len(jobs) or jobs[end][0].file != jobs[start][0].file:
+            yield jobs[start][0].file, jobs[start:end]
+            start = end
+
+
+class _Counter:
+    """Bytes done, counted from several threads and reported from one."""
+
+    def __init__(self, total: int, progress: Progress | None) -> None:
+        self.total, self.done, self.progress = total, 0, progress
+        self._reported = -1
+        self._lock = threading.Lock()
+
+    def add(self, count: int) -> None:
+        with self._lock:
+            self.done = min(self.total, self.done + count)
+
+    def report(self) -> None:
+        if self.progress is not None and self.done != self._reported:
+            self._reported = self.done
+            self.progress(self.done, self.total)

@@ -1,0 +1,103 @@
+"""What is read at a time: pieces of a stored tensor, each with the view of the final tensor that it fills.
+
+A part only moves elements, so its place in the final tensor is a view of it (sliced, split into finer dimensions, permuted) with
+the same elements in the same order as in the file. Cutting both along their leading dimension gives pieces of bounded size that
+are cast and copied straight to where they belong: nothing is put together in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import prod
+
+from attrs import evolve, frozen
+from torch import Tensor
+
+from modelrig.checkpoint.mapping import extent
+from modelrig.components import DTYPE_BITS, Part, TensorEntry
+
+PIECE_BYTES = 1 << 20  # larger ones leave the processor's cache on the way
+
+
+@frozen(eq=False)
+class Piece:
+    """The bytes of `entry`, a run of elements of one file, that fill `into`.
+
+    Of the run, viewed in the shape `rows`, only `cut` is wanted; without a `cut` it is all wanted, in the shape of `into`.
+    """
+
+    entry: TensorEntry
+    into: Tensor
+    rows: tuple[int, ...] | None = None
+    cut: tuple[slice, ...] | None = None
+
+    def shaped(self, decoded: Tensor) -> Tensor:
+        """The decoded run as `into` takes it."""
+        if self.cut is not None:
+            assert self.rows is not None
+            return decoded.view(self.rows)[self.cut].reshape(self.into.shape)
+        return decoded.reshape(self.into.shape)
+
+
+def is_whole(part: Part) -> bool:
+    """Whether the part is the stored tensor as it is, and all of the final one."""
+    return part.taken is None and part.axes is None and part.order is None and part.into is None
+
+
+def destination(tensor: Tensor, part: Part) -> Tensor:
+    """The view of `tensor` that takes the elements of `part` in the order in which they are stored."""
+    view = tensor if part.into is None else tensor[tuple(slice(start, stop) for start, stop in part.into)]
+    taken = part.shape if part.taken is None else extent(part.taken)
+    axes = part.axes or taken
+    order = part.order or tuple(range(len(axes)))
+    view = view.view([axes[place] for place in order])  # finer than the region, never coarser: always a view
+    return view.permute([order.index(place) for place in range(len(axes))])
+
+
+def pieces(entry: TensorEntry, part: Part, tensor: Tensor) -> Iterator[Piece]:
+    """The pieces of stored tensor `entry` that fill `part` of `tensor`."""
+    into = destination(tensor, part)
+    if into.numel() == 0:
+        return
+    if entry.strides is not None:  # another order than C's: only the whole can be told apart
+        cut = None if part.taken is None else tuple(slice(start, stop) for start, stop in part.taken)
+        yield Piece(entry, into, entry.shape, cut)
+        return
+    taken = part.taken or tuple((0, size) for size in entry.shape)
+    is_run = all(pair == (0, size) for pair, size in zip(taken[1:], entry.shape[1:], strict=True))
+    if is_run and into.is_contiguous():
+        first = taken[0][0] * prod(entry.shape[1:]) if taken else 0
+        yield from _runs(entry, first, into.view(-1))
+    else:
+        yield from _rows(entry, taken, is_run, into)
+
+
+def _runs(entry: TensorEntry, first: int, into: Tensor) -> Iterator[Piece]:
+    """Consecutive elements to consecutive places. Sub-byte dtypes are cut at whole bytes."""
+    bits = DTYPE_BITS[entry.dtype]
+    count = PIECE_BYTES * 8 // bits
+    if into.numel() <= count:
+        yield Piece(_run(entry, first, into.numel(), bits), into)
+        return
+    for start in range(0, into.numel(), count):
+        end = min(start + count, into.numel())
+        yield Piece(_run(entry, first + start, end - start, bits), into[start:end])
+
+
+def _rows(entry: TensorEntry, taken: tuple[tuple[int, int], ...], is_run: bool, into: Tensor) -> Iterator[Piece]:
+    """Whole rows of the stored tensor at a time, of which what is wanted is cut out."""
+    bits, row = DTYPE_BITS[entry.dtype], prod(entry.shape[1:])
+    begin, end = taken[0]
+    # `into` may have several dimensions where the stored tensor has one: so many rows belong together
+    together = (end - begin) // into.shape[0]
+    count = max(1, PIECE_BYTES * 8 // (bits * row * together)) if row else into.shape[0]
+    inner = tuple(slice(start, stop) for start, stop in taken[1:])
+    for start in range(0, into.shape[0], count):
+        part = into[start : start + count]
+        rows = part.shape[0] * together
+        run = _run(entry, (begin + start * together) * row, rows * row, bits)
+        yield Piece(run, part) if is_run else Piece(run, part, (rows, *entry.shape[1:]), (slice(None), *inner))
+
+
+def _run(entry: TensorEntry, first: int, count: int, bits: int) -> TensorEntry:
+    return evolve(entry, shape=(count,), offset=entry.offset + first * bits // 8, nbytes=(count * bits + 7) // 8)
