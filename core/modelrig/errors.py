@@ -9,6 +9,7 @@
     │   ├── FileError              not a regular readable file, or it changed (IO-*)                1
     │   ├── FormatError            a tensor file breaks its format (ST-*)                           1
     │   ├── IndexFileError         the shard index breaks its rules (IX-*)                          1
+    │   ├── IntegrityError         its files are not those its manifest lists (IT-*)                1
     │   ├── ConfigError            config.json or another JSON file of the folder (CF-*)            1
     │   ├── TokenizerError         tokenizer files or text they cannot take (TK-*)                  1
     │   ├── TemplateError          the chat template (TM-*)                                         1
@@ -17,6 +18,8 @@
     │   └── ResourceLimitError     it would not fit into memory (RL-*)                              3
     ├── PluginError                a plugin that was asked for failed (PL-*)                        4
     ├── LoadError                  tensors and model do not match, or loading was stopped (LD-*)    1
+    ├── SaveError                  a save did not happen, or not wholly; says which (SV-*)          1
+    │   └── SaveInProgress         another save of the same folder is running (SV-BUSY)             1
     └── CacheError                 a cache was used beyond what it holds (CA-*)                     1
 
 Codes are stable: tools may match on them. `docs/reference/errors.md` lists each with its meaning, and a test compares
@@ -40,6 +43,7 @@ __all__ = [
     "FormatError",
     "GenerateError",
     "IndexFileError",
+    "IntegrityError",
     "LoadError",
     "ModelrigError",
     "NotFiniteError",
@@ -47,6 +51,8 @@ __all__ = [
     "PluginError",
     "RequestError",
     "ResourceLimitError",
+    "SaveError",
+    "SaveInProgress",
     "SourceError",
     "TemplateError",
     "TokenizerError",
@@ -167,6 +173,10 @@ class IndexFileError(CheckpointError):
     """The index of a sharded checkpoint breaks its rules or disagrees with the shards."""
 
 
+class IntegrityError(CheckpointError):
+    """The manifest of a saved checkpoint breaks its rules, or its files are not those it lists."""
+
+
 class ConfigError(CheckpointError):
     """A JSON file of the checkpoint is not usable; `locus` is the key."""
 
@@ -239,6 +249,36 @@ class LoadError(ModelrigError):
         super().__init__(code, reason, **where)
 
 
+class SaveError(ModelrigError):
+    """A checkpoint was not saved, or not wholly.
+
+    Attributes:
+        committed: "no": the folder is as it was; "yes": the new checkpoint is in place, and something after that failed;
+            "uncertain": it is in place, and the system did not confirm that it outlives a power failure.
+        operation: what failed, such as "fsync" or "rename"; None where it was no operation on files.
+    """
+
+    def __init__(
+        self, code: str, reason: str, *, committed: str = "no", operation: str | None = None, **where: Any
+    ) -> None:
+        self.committed, self.operation = committed, operation
+        super().__init__(code, reason, **where)
+
+
+class SaveInProgress(SaveError):  # noqa: N818 - it names what happened
+    """Another save of the same folder is running.
+
+    Attributes:
+        pid, host, since: of the other one, as far as it said; `since` is in seconds of the epoch.
+    """
+
+    def __init__(
+        self, code: str, reason: str, *, pid: int | None = None, host: str | None = None, since: float | None = None, **where: Any
+    ) -> None:
+        self.pid, self.host, self.since = pid, host, since
+        super().__init__(code, reason, **where)
+
+
 class CacheError(ModelrigError):
     """A cache was asked for more than it holds; its state is as it was before the call."""
 
@@ -299,6 +339,13 @@ CODES: dict[str, str] = {
     "IX-NOTENSOR": "shard lacks a tensor the index places there",
     "IX-DUP": "the same tensor in two shards",
     "IX-LIMIT": "index larger than the limit",
+    # what a save wrote
+    "IT-JSON": "the manifest is not a JSON object",
+    "IT-MANIFEST": "the manifest lists what it must not, or not as it must",
+    "IT-MISSING": "a file the manifest lists is not there",
+    "IT-SIZE": "a file has another size than the manifest says",
+    "IT-HASH": "the bytes of a file are not those that were saved or downloaded",
+    "IT-MIXED": "tensor files of different saves lie in one folder",
     # config and other JSON
     "CF-MISSING": "file or required keys missing",
     "CF-JSON": "not the JSON object it should be",
@@ -338,11 +385,18 @@ CODES: dict[str, str] = {
     "PL-DISABLED": "a plugin or component that was asked for was disabled",
     "PL-CONFLICT": "two distributions use the same plugin name",
     "PL-CONTRACT": "a component did not do what its kind's protocol asks",
-    # loading and caches
+    # loading, saving and caches
     "LD-TENSORS": "tensors missing, unexpected or misshapen",
     "LD-DTYPE": "a stored dtype that cannot fill the parameter",
     "LD-META": "parameters were left without data",
     "LD-CLOSED": "the model was closed",
+    "SV-ARGS": "an argument of a save that cannot be used",
+    "SV-TARGET": "a folder a save must not or cannot replace",
+    "SV-TENSOR": "tensors that cannot be read: found before anything is written",
+    "SV-READ": "what was to be saved could not be read while saving",
+    "SV-SPACE": "not enough space",
+    "SV-IO": "an operation on files failed",
+    "SV-BUSY": "another save of the same folder is running",
     "CA-FULL": "no room in the cache",
     "CA-ARGS": "impossible size, count or batch",
     "CA-STATE": "begin, commit, rewind or reset in the wrong order",

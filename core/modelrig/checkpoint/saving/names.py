@@ -1,0 +1,82 @@
+"""Which names of a folder belong to a save, and what its own working files are called."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import uuid
+from collections.abc import Mapping, Sequence
+
+from attrs import frozen
+
+from modelrig.checkpoint.layout import FileNames
+
+MANIFEST = "modelrig.json"
+
+#: Hugging Face's names, in the order in which its readers look for them
+HUGGING_FACE = (FileNames("model", ".safetensors"), FileNames("pytorch_model", ".bin"))
+
+#: while the files of a folder are exchanged in place, this link in it points to the set that counts
+CURRENT = ".modelrig.current"
+
+_MARK = r"(?:-[0-9a-f]{12})?"  # of shards that must not be called like any other
+_NUMBERS = r"(?:-\d{5,}-of-\d{5,})?"
+_LONGEST = 180  # bytes of a folder's name that are repeated in the names of its lock and stages
+
+
+def new_id() -> str:
+    return uuid.uuid4().hex
+
+
+def lock_name(folder: str) -> str:
+    """The lock file of the folder called `folder`, beside it."""
+    return f".{_short(folder)}.modelrig.lock"
+
+
+def stage_prefix(folder: str) -> str:
+    """How stages of the folder called `folder` begin, beside it; their id follows. Inside of a folder it is called ""."""
+    return f".{_short(folder)}.stage-" if folder else ".modelrig.stage-"
+
+
+def is_stage(name: str, prefix: str) -> bool:
+    return name.startswith(prefix) and re.fullmatch(r"[0-9a-f]{32}", name[len(prefix) :]) is not None
+
+
+def _short(folder: str) -> str:
+    raw = folder.encode("utf-8", "surrogateescape")
+    return folder if len(raw) <= _LONGEST else hashlib.sha256(raw).hexdigest()[:32]
+
+
+@frozen
+class Ownership:
+    """What a save replaces or deletes: the tensor files of its own variant in any format, and what the manifest lists.
+
+    Everything else is foreign: it is carried over.
+    """
+
+    formats: Sequence[FileNames]
+    variant: str | None
+    #: name → bytes, of the files the folder's manifest lists
+    listed: Mapping[str, int]
+
+    def owns(self, name: str, size: int) -> bool:
+        """Whether the file `name`, which has `size` bytes, is ours. One that was listed and was edited since is not."""
+        if name == MANIFEST or is_tensor_file(name, self.formats, self.variant):
+            return True
+        return self.listed.get(name) == size and not is_any_tensor_file(name, self.formats)
+
+
+def is_tensor_file(name: str, formats: Sequence[FileNames], variant: str | None) -> bool:
+    """Whether `name` is a tensor file or index of `variant`."""
+    dot = "" if variant is None else re.escape(f".{variant}")
+    return any(_matches(name, one, dot) for one in formats)
+
+
+def is_any_tensor_file(name: str, formats: Sequence[FileNames]) -> bool:
+    return any(_matches(name, one, r"(?:\.[^./]+)?") for one in formats)
+
+
+def _matches(name: str, names: FileNames, variant: str) -> bool:
+    stem, suffix = re.escape(names.stem), re.escape(names.suffix)
+    pattern = rf"{stem}{variant}{_MARK}{_NUMBERS}{suffix}|{stem}{suffix}\.index{variant}\.json"
+    return re.fullmatch(pattern, name) is not None
