@@ -147,6 +147,7 @@ class QuantizerCapabilities:
     dtypes: frozenset[str] = field(converter=_names)  # compute dtypes
     reads: frozenset[str] = field(converter=_names)  # checkpoint schemes: "none" for plain weights, "bitsandbytes_nf4", ...
     lossless: bool = False
+    streams: bool = False  # its kernels use weights where they lie: they may be brought anew for each step
 
 
 @frozen(kw_only=True)
@@ -484,6 +485,7 @@ class ModelFacts:
     dtype: str | None  # what config.json asks for
     generates: bool = True
     ignored: tuple[str, ...] = ()  # stored tensors the module does not use, on purpose (e.g. rotary inv_freq)
+    empty: tuple[str, ...] = ()  # modules without parameters that other tools' device maps name (e.g. model.rotary_emb)
     notes: tuple[str, ...] = ()
 
 

@@ -374,6 +374,11 @@ CODES: dict[str, str] = {
     "PN-REFUSED": "a component that was asked for cannot serve",
     "PN-NONE": "no combination of components fits",
     "PN-DEVICE": "a device that is not there",
+    "PN-MAP-NAME": "a device map names modules or parameters that the model does not have",
+    "PN-MAP-COVER": "a device map leaves parameters without a device",
+    "PN-MAP-UNUSED": "a name in a device map decides nothing, because longer names decide for all that is inside",
+    "PN-MAP-SPLIT": "a device map divides a block, or the weights of one module",
+    "PN-MAP-TIED": "a device map divides weights that are one tensor",
     "RL-MEM": "more memory needed than there is",
     # plugins
     "PL-IMPORT": "a plugin or component cannot be imported",

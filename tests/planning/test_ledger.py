@@ -56,11 +56,11 @@ def test_another_dtype_or_a_gpu_needs_memory_and_a_place_to_convert() -> None:
 
 
 def test_plain_tensors_are_converted_in_parts() -> None:
-    from modelrig.loading import materialise
+    from modelrig.loading import filling, pieces
 
     wide = facts(parameters=(Parameter("embed", (50_000, 64), "embedding", "embed"),), ties={})
     cast = weigh(wide, stored(wide, "bfloat16"), rigs.Plain, None, "float32", "cpu")
-    assert materialise.PIECE_BYTES == PIECE_BYTES == cast.staging < 50_000 * 64 * 2
+    assert filling.READERS * pieces.PIECE_BYTES == PIECE_BYTES == cast.staging < 50_000 * 64 * 2
 
 
 def test_files_on_a_network_are_read_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,15 +19,14 @@ def match(facts: ModelFacts, catalog: Catalog, root: Path) -> None:
     used = set(facts.ignored)
     missing, misshapen = [], []
     for parameter in facts.parameters:
-        name = parameter.stored_as
-        if name is None:
-            continue
-        used.add(name)
-        entry = entries.get(name)
-        if entry is None:
-            missing.append(name)
-        elif entry.shape != parameter.shape:
-            misshapen.append(f"{name}: stored as {list(entry.shape)}, the config asks for {list(parameter.shape)}")
+        for part in parameter.sources:
+            name, is_new = part.name, part.name not in used
+            used.add(name)
+            entry = entries.get(name)
+            if entry is not None and entry.shape != part.shape:
+                misshapen.append(f"{name}: stored as {list(entry.shape)}, the config asks for {list(part.shape)}")
+            elif entry is None and is_new:
+                missing.append(name)
     unexpected = [name for name in entries if name not in used]
     if not (missing or unexpected or misshapen):
         return
@@ -50,7 +49,7 @@ def match(facts: ModelFacts, catalog: Catalog, root: Path) -> None:
 
 def require_weights(facts: ModelFacts, catalog: Catalog) -> None:
     """Raise `LoadError` (LD-DTYPE) listing every tensor that is stored as something a weight cannot be cast from."""
-    names = (parameter.stored_as for parameter in facts.parameters if parameter.stored_as is not None)
+    names = dict.fromkeys(part.name for parameter in facts.parameters for part in parameter.sources)
     wrong = [entry for name in names if (entry := catalog.entries.get(name)) is not None and entry.dtype not in CASTABLE]
     if wrong:
         stored = [f"{entry.name}: {entry.dtype}" for entry in wrong]

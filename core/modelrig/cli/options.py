@@ -16,11 +16,15 @@ _SLOT_HELP = "auto, a name, a list of names in order of preference (a,b), or !na
 #: flag → (metavar, help)
 FLAGS: dict[str, tuple[str, str]] = {
     **{slot: ("NAME", f"{slot}: {_SLOT_HELP}") for slot in SLOTS},
-    "device_map": ("DEVICE", "auto, cpu, cuda, cuda:1"),
+    "device_map": (
+        "DEVICE",
+        "auto, balanced, balanced_low_0, sequential, cpu, disk, cuda, cuda:1, or a map as TOML writes it: "
+        """'{"" = "cpu", "model.layers.2" = "disk"}'""",
+    ),
     "dtype": ("DTYPE", "auto, float32, bfloat16, float16, float64"),
     "context": ("TOKENS", "the longest sequence to plan for; auto is the smaller of the model's and 4096"),
     "batch": ("COUNT", "sequences at once"),
-    "max_memory": ("SIZE", "bytes the plan may take, such as 8GB or 7.5GiB"),
+    "max_memory": ("SIZE", """bytes the plan may take, such as 8GB or 7.5GiB, or '{"cuda:0" = "20GB", cpu = "60GB"}'"""),
 }
 
 

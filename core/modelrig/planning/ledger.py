@@ -7,22 +7,26 @@ say, and what the loaded model measures. Activations are an estimate.
 On CPU a weight whose dtype stays is a view of its mapped file. Its pages are the page cache's: the kernel drops and rereads them
 under pressure, so they count in the ledger, but a plan is not refused because they exceed free memory. It is when the limit
 counts them too: `max_memory`, or RLIMIT_AS.
+
+Weights that are streamed count where they lie, and twice the largest block of them as slots on the device that runs. What stays
+on disk has lines of its own, for the device "disk": these bytes are no memory.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
-from attrs import frozen
+from attrs import Factory, evolve, frozen
 
 from modelrig.checkpoint.mounts import is_on_network
-from modelrig.components import DTYPE_BITS, AttentionSpec, Catalog, ModelFacts, Parameter, TensorEntry, dtype_bytes
+from modelrig.components import DTYPE_BITS, AttentionSpec, Catalog, ModelFacts, Parameter, Part, TensorEntry, dtype_bytes
+from modelrig.planning.units import CPU, DISK, is_gpu
 
 MOMENTS = ("load_peak", "steady", "run")
 PREFILL_TOKENS = 512  # of a prompt per step; `modelrig.generation` runs prompts in such parts
-PIECE_BYTES = 4 << 20  # of a plain tensor read and cast at a time; `modelrig.loading` converts in such parts
+PIECE_BYTES = 4 << 20  # of plain tensors read and cast at a time: what all readers of `modelrig.loading` hold together
 GPU_CONTEXT_BYTES = 500_000_000  # what CUDA takes for itself in each process, roughly
 QUANTIZED_ROLES = ("linear",)
 MULTIPLIED_ROLES = ("linear", "head")
@@ -30,6 +34,8 @@ MULTIPLIED_ROLES = ("linear", "head")
 WEIGHTS = "weights"
 MAPPED = "weights, mapped from their files"
 COPIES = "weights in a kernel's own layout, made while generating"
+ON_DISK = "weights that stay on disk, no memory"
+SLOTS = "slots for blocks that are streamed (two, as large as the largest)"
 STAGING = "what is being converted"
 CACHE = "key/value cache"
 ACTIVATIONS = "activations (512 prompt tokens × 4 hidden, 2 feed-forward and all q, k, v widths; logits)"
@@ -67,13 +73,22 @@ class Ledger:
         """Bytes at `moment`, on `device` or on all."""
         return sum(line.bytes for line in self.lines if line.moment == moment and device in (None, line.device))
 
-    def peak(self, device: str, *, with_mapped: bool) -> int:
+    def peak(self, device: str, *, with_mapped: bool, with_copies: bool | None = None) -> int:
         """The most bytes `device` needs at any moment, with or without what it can do without.
 
-        That is pages the kernel can drop, and copies that are only made where there is room.
+        That is pages the kernel can drop, and copies that are only made where there is room; these go with the pages unless
+        `with_copies` says otherwise. A page whose weight is copied is not needed any more, so without copies it is.
         """
-        counted = [line for line in self.lines if line.device == device and (with_mapped or line.what not in (MAPPED, COPIES))]
-        return max(sum(line.bytes for line in counted if line.moment == moment) for moment in MOMENTS)
+        copies = with_mapped if with_copies is None else with_copies
+        lines = [line for line in self.lines if line.device == device]
+        peaks = []
+        for moment in MOMENTS:
+            now = [line for line in lines if line.moment == moment]
+            copied = sum(line.bytes for line in now if line.what == COPIES) if copies else 0
+            pages = [line for line in (now if copied else lines) if line.what == MAPPED]
+            mapped = max((line.bytes for line in pages), default=0) if with_mapped else 0
+            peaks.append(mapped + copied + sum(line.bytes for line in now if line.what not in (MAPPED, COPIES)))
+        return max(peaks)
 
     def to_json(self) -> list[dict[str, Any]]:
         return [
@@ -101,41 +116,94 @@ class Weights:
     replaced: int = 0
 
 
+class Weighed(NamedTuple):
+    """One parameter in memory.
+
+    Attributes:
+        size: bytes under its own name.
+        beside: bytes of what a quantizer adds to it.
+        is_view: main memory can show it as it lies in its file.
+        staging: what of it is converted at a time, unless it is such a view.
+        copy: what a kernel on CPU makes of it while generating.
+    """
+
+    parameter: Parameter
+    size: int
+    beside: int
+    is_view: bool
+    staging: int
+    copy: int
+
+
+NO_WEIGHTS = Weights(mapped=0, allocated=0, staging=0)
+
+
 def weigh(facts: ModelFacts, catalog: Catalog, quantizer: Any, options: Any, dtype: str, device: str) -> Weights:
     """Add up the parameters, ties once. `quantizer` is the chosen one's planner: linear 2-D weights are what its `outputs` say."""
-    mapped = allocated = staging = copies = replaced = 0
-    on_cpu = device == "cpu"
+    return add_up(weigh_each(facts, catalog, quantizer, options, dtype, is_mapped=device == CPU), device)[device]
+
+
+def weigh_each(
+    facts: ModelFacts, catalog: Catalog, quantizer: Any, options: Any, dtype: str, *, is_mapped: bool = True
+) -> Iterator[Weighed]:
+    """Every parameter, in the model's order; a tie has no bytes of its own. Without `is_mapped` nothing is a view."""
     copy_of = getattr(quantizer, "copies", None)
-    read_only = {number for number, file in enumerate(catalog.files) if is_on_network(file.path)} if on_cpu else set()
+    read_only = {number for number, file in enumerate(catalog.files) if is_on_network(file.path)} if is_mapped else set()
     entries, bits, outputs = catalog.entries, DTYPE_BITS[dtype], quantizer.outputs
     for parameter in facts.parameters:
-        copy = 0
-        if copy_of is not None and on_cpu and parameter.role in MULTIPLIED_ROLES:
-            copy = copy_of(parameter, dtype, options)
-            copies += copy
-        if parameter.stored_as is None:
+        copy = copy_of(parameter, dtype, options) if copy_of is not None and parameter.role in MULTIPLIED_ROLES else 0
+        sources = parameter.sources
+        if not sources:
+            yield Weighed(parameter, 0, 0, False, 0, copy)
             continue
-        entry = entries.get(parameter.stored_as)
         size, into, beside = (bits * math.prod(parameter.shape) + 7) // 8, dtype, 0
         if parameter.role in QUANTIZED_ROLES and len(parameter.shape) == 2:
             specs = outputs(parameter, dtype, options)
             kept = next((spec for spec in specs if spec.suffix == "" and spec.shape == parameter.shape), None)
             size, into = (0, "") if kept is None else (kept.nbytes, kept.dtype)
             beside = sum(spec.nbytes for spec in specs if spec is not kept)
-        allocated += beside
-        if on_cpu and entry is not None and entry.file not in read_only and _is_view(entry, into, parameter):
-            mapped += size
-            replaced += size if copy else 0
-            continue
-        allocated += size
-        if entry is not None:
-            staging = max(staging, entry.nbytes if into != dtype or beside else min(entry.nbytes, PIECE_BYTES))
-    return Weights(mapped=mapped, allocated=allocated, staging=staging, copies=copies, replaced=replaced)
+        is_view = is_mapped and len(sources) == 1 and _is_view(entries.get(sources[0].name), into, parameter, sources[0], read_only)
+        read = [_read_bytes(entry, part) for part in sources if (entry := entries.get(part.name)) is not None]
+        in_parts = into == dtype and not beside
+        staging = min(max(read, default=0), PIECE_BYTES) if in_parts else sum(read)
+        yield Weighed(parameter, size, beside, is_view, staging, copy)
 
 
-def _is_view(entry: TensorEntry, dtype: str, parameter: Parameter) -> bool:
-    """Whether the stored bytes serve as they are: same dtype and shape, at an address the dtype allows."""
-    return entry.dtype == dtype and entry.shape == parameter.shape and entry.offset % max(1, DTYPE_BITS[entry.dtype] // 8) == 0
+def _is_view(entry: TensorEntry | None, dtype: str, parameter: Parameter, part: Part, read_only: set[int]) -> bool:
+    """Whether the stored bytes serve as they are: same dtype, all of one tensor, in order, at an address the dtype allows."""
+    if entry is None or entry.file in read_only or entry.dtype != dtype or entry.shape != parameter.shape:
+        return False
+    is_whole = part.taken is None and part.order is None and part.into is None and part.axes in (None, parameter.shape)
+    return is_whole and entry.strides is None and entry.offset % max(1, DTYPE_BITS[entry.dtype] // 8) == 0
+
+
+def _read_bytes(entry: TensorEntry, part: Part) -> int:
+    if part.taken is None:
+        return entry.nbytes
+    return dtype_bytes(entry.dtype, math.prod(stop - start for start, stop in part.taken))
+
+
+def add_up(weighed: Iterable[Weighed], main: str, where: Mapping[str, str] | None = None) -> dict[str, Weights]:
+    """Device → its weights. `where` says each parameter's device; without it everything is on `main`, the device that runs."""
+    sums: dict[str, list[int]] = {main: [0] * 5}
+    for parameter, size, beside, is_view, staging, copy in weighed:
+        device = main if where is None else where[parameter.name]
+        total = sums.setdefault(device, [0] * 5)
+        copy = copy if device == main == CPU else 0
+        if is_view and device == CPU:
+            total[0] += size
+            total[1] += beside
+            # A tensor that is a view needs no conversion, what a quantizer puts beside it does.
+            total[2] = max(total[2], staging if beside else 0)
+            total[4] += size if copy else 0
+        else:
+            total[1] += size + beside
+            total[2] = max(total[2], staging)
+        total[3] += copy
+    return {
+        device: Weights(mapped=mapped, allocated=allocated, staging=staging, copies=copies, replaced=replaced)
+        for device, (mapped, allocated, staging, copies, replaced) in sums.items()
+    }
 
 
 def activation_bytes(facts: ModelFacts, batch: int, context: int, dtype: str) -> int:
@@ -154,7 +222,14 @@ def _projected(spec: AttentionSpec) -> int:
 
 @frozen(kw_only=True)
 class Account:
-    """What the ledger of one rig is drawn up from; `draw` makes it for any context and batch."""
+    """What the ledger of one rig is drawn up from; `draw` makes it for any context and batch.
+
+    Attributes:
+        device: the one that runs, with `weights`.
+        elsewhere: every other device of a map, and its weights.
+        slots: bytes for what is streamed to `device`.
+        layers: GPU → the layers whose cache is there; without an entry all of them are on `device`.
+    """
 
     device: str
     dtype: str
@@ -162,26 +237,52 @@ class Account:
     weights: Weights
     cache: Any  # the chosen cache's planner
     cache_options: Any
+    elsewhere: Mapping[str, Weights] = Factory(dict)
+    slots: int = 0
+    layers: Mapping[str, Sequence[AttentionSpec]] = Factory(dict)
 
-    def cache_bytes(self, context: int, batch: int) -> int:
-        layers: Sequence[AttentionSpec] = self.facts.layers
+    def cache_bytes(self, context: int, batch: int, device: str | None = None) -> int:
+        """Of `device`; by default of the whole model on one device."""
+        layers = self.facts.layers if device is None else self.layers.get(device, () if self.layers else self.facts.layers)
         return int(self.cache.nbytes(layers, batch, context, self.dtype, self.cache_options)) if layers else 0
 
     def draw(self, context: int, batch: int) -> Ledger:
         """The ledger at `context` tokens of `batch` sequences."""
-        weights = self.weights
-        always = (
-            (MAPPED, weights.mapped, True),
-            (WEIGHTS, weights.allocated, True),
-            (GPU_CONTEXT, 0 if self.device == "cpu" else GPU_CONTEXT_BYTES, False),
-        )
-        items = [(self.device, moment, *item) for moment in MOMENTS[:2] for item in always]
-        items += [(self.device, "run", MAPPED, weights.mapped - weights.replaced, True)]
-        items += [(self.device, "run", *item) for item in always[1:]]
-        items.append(("cpu", "load_peak", STAGING, weights.staging, False))
-        items.append((self.device, "run", COPIES, weights.copies, False))
-        items.append((self.device, "run", CACHE, self.cache_bytes(context, batch), True))
-        items.append((self.device, "run", ACTIVATIONS, activation_bytes(self.facts, batch, context, self.dtype), False))
-        items.sort(key=lambda item: (item[0] != self.device, MOMENTS.index(item[1])))
+        parts = {self.device: self.weights, **self.elsewhere}
+        items = [(device, *item) for device, weights in parts.items() for item in self._weights(device, weights)]
+        staging = max(weights.staging for device, weights in parts.items() if device != DISK)
+        items.append((CPU, "load_peak", STAGING, staging, False))
+        items += [(self.device, moment, SLOTS, self.slots, True) for moment in MOMENTS[1:]]
+        items += [(device, *item) for device in parts if self._runs(device) for item in self._running(device, context, batch)]
+        order = [*parts, CPU]
+        items.sort(key=lambda item: (order.index(item[0]), MOMENTS.index(item[1])))
         lines = (Line(device=d, moment=m, what=what, bytes=size, exact=exact) for d, m, what, size, exact in items if size)
         return Ledger(tuple(lines))
+
+    def reserve(self, device: str, context: int, batch: int) -> int:
+        """What `device` needs beside weights and slots, at the moment it needs most."""
+        ledger = evolve(self, elsewhere={device: NO_WEIGHTS} if device != self.device else {}).draw(context, batch)
+        weights = (MAPPED, WEIGHTS, COPIES, SLOTS)
+        return max(
+            sum(line.bytes for line in ledger if (line.device, line.moment) == (device, moment) and line.what not in weights)
+            for moment in MOMENTS
+        )
+
+    def _runs(self, device: str) -> bool:
+        return device == self.device or (is_gpu(device) and is_gpu(self.device))
+
+    def _weights(self, device: str, weights: Weights) -> Iterator[tuple[str, str, int, bool]]:
+        for moment in MOMENTS:
+            if device == DISK:
+                yield (moment, ON_DISK, weights.mapped + weights.allocated, True)
+                continue
+            yield (moment, MAPPED, weights.mapped - (weights.replaced if moment == "run" else 0), True)
+            yield (moment, WEIGHTS, weights.allocated, True)
+            if is_gpu(device):
+                yield (moment, GPU_CONTEXT, GPU_CONTEXT_BYTES, False)
+
+    def _running(self, device: str, context: int, batch: int) -> Iterator[tuple[str, str, int, bool]]:
+        weights = self.weights if device == self.device else self.elsewhere[device]
+        yield ("run", COPIES, weights.copies, False)
+        yield ("run", CACHE, self.cache_bytes(context, batch, device), True)
+        yield ("run", ACTIVATIONS, activation_bytes(self.facts, batch, context, self.dtype), False)

@@ -61,6 +61,7 @@ class QuantizerNeed(Need):
     scheme: str
     shapes: frozenset[tuple[int, ...]]  # the distinct shapes of linear weights [out, in]
     cpu_flags: frozenset[str] = frozenset()  # as /proc/cpuinfo names them; what kernels are fast here
+    streamed: bool = False  # weights do not stay where they are computed with, so kernels can keep no form of their own
 
 
 @frozen(kw_only=True)
@@ -86,6 +87,7 @@ class Situation:
     batch: int
     origins: Mapping[str, str]  # of device, dtype, context and batch
     cpu_flags: frozenset[str] = frozenset()
+    streamed: bool = False  # some weights are not on the device that runs
 
     @property
     def device_type(self) -> str:
@@ -119,10 +121,11 @@ def cache_need(at: Situation) -> CacheNeed:
 def quantizer_need(at: Situation) -> QuantizerNeed:
     shapes = {parameter.shape for parameter in at.facts.parameters if parameter.role == "linear"}
     return QuantizerNeed(
-        **_common(at, {"scheme": "quantization_config in config.json"}),
+        **_common(at, {"scheme": "quantization_config in config.json", "streamed": at.origins.get("device", "the device map")}),
         scheme=at.scheme,
         shapes=frozenset(shapes),
         cpu_flags=at.cpu_flags,
+        streamed=at.streamed,
     )
 
 

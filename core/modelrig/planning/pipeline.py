@@ -31,7 +31,7 @@ from modelrig.planning.ledger import Account, Ledger, weigh
 from modelrig.planning.memory import require_fit
 from modelrig.planning.needs import PLAIN, Situation, stored_scheme
 from modelrig.planning.negotiation import Choice, Negotiated, negotiate
-from modelrig.planning.placement import place
+from modelrig.planning.places import place
 from modelrig.planning.plan import RigPlan
 from modelrig.planning.request import Request, read_request
 from modelrig.planning.values import AUTO

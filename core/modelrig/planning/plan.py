@@ -56,7 +56,7 @@ class RigPlan:
     @property
     def num_parameters(self) -> int:
         """Parameters of the model, tied ones once."""
-        return sum(math.prod(one.shape) for one in self.facts.parameters if one.stored_as is not None)
+        return sum(math.prod(one.shape) for one in self.facts.parameters if one.sources)
 
     @property
     def hash(self) -> str:

@@ -70,7 +70,7 @@ class Request:
     cache: Wish = ANYTHING
     decoder: Wish = ANYTHING
     compiler: Wish = NO_PART
-    device_map: str = AUTO
+    device_map: str | Mapping[str, str] = AUTO
     dtype: str = AUTO
     context: int | str = AUTO
     batch: int = 1

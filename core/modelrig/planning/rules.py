@@ -62,6 +62,8 @@ RULES = (
     Rule("quantizers", "quantizer.dtype", "dtype", "dtypes", member, _DTYPE),
     Rule("quantizers", "quantizer.scheme", "scheme", "reads", member,
          "does not read weights stored as {seen} ({origin}); it reads {accepted}"),
+    Rule("quantizers", "quantizer.streams", "streamed", "streams", implies,
+         "cannot hold weights that are brought from cpu or disk for each step, as this placement does ({origin})"),
     Rule("attention", "attention.device", "device", "devices", member, _DEVICE),
     Rule("attention", "attention.dtype", "dtype", "dtypes", member, _DTYPE),
     Rule("attention", "attention.head_dim", "head_dims", "head_dims", subset,

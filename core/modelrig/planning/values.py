@@ -34,8 +34,11 @@ SIZE_UNITS = {
     "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
 }  # fmt: skip
 _SIZE = re.compile(r"\s*([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*([a-zA-Z]{0,3})\s*", re.ASCII)
-_DEVICE = re.compile(r"cpu|cuda(?::[0-9]{1,4})?", re.ASCII)
-LATER_DEVICE_MAPS = ("balanced", "balanced_low_0", "sequential")
+_DEVICE = re.compile(r"cpu|disk|cuda(?::[0-9]{1,4})?", re.ASCII)
+_NUMBER = re.compile(r"[0-9]{1,4}", re.ASCII)
+#: how a model may be spread over devices
+STRATEGIES = (AUTO, "balanced", "balanced_low_0", "sequential")
+LISTED = 20  # problems of one value that a message spells out
 
 
 @frozen
@@ -140,33 +143,64 @@ def count(value: Any, what: str) -> int:
     return value
 
 
-def device_map(value: Any) -> str:
-    """`"auto"` or one device: `"cpu"`, `"cuda"`, `"cuda:1"`, a GPU's number, a `torch.device`, or `{"": device}`."""
+def device_map(value: Any) -> str | Mapping[str, str]:
+    """`"auto"`, `"balanced"`, `"balanced_low_0"` or `"sequential"`; one device: `"cpu"`, `"disk"`, `"cuda"`, `"cuda:1"`, a GPU's
+    number, a `torch.device`; or a map from names of modules and parameters to devices, `""` being the whole model."""
     if isinstance(value, Mapping):
-        if list(value) != [""]:
-            raise ValueError("a map of modules to devices is not available yet; 'auto' or one device is accepted")
-        value = value[""]
-    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 10_000:
-        return f"cuda:{value}"
+        return _map_of_modules(value)
     text = str(value) if type(value).__module__ == "torch" else value
-    if text in LATER_DEVICE_MAPS:
-        raise ValueError(f"{text!r} is not available yet; 'auto' or one device is accepted")
-    if isinstance(text, str) and (text == AUTO or _DEVICE.fullmatch(text)):
+    return text if isinstance(text, str) and text in STRATEGIES else device(text, STRATEGIES)
+
+
+def device(value: Any, besides: Sequence[str] = ()) -> str:
+    """`"cpu"`, `"disk"`, `"cuda"`, `"cuda:1"`, a GPU's number or a `torch.device`. `besides` is what else a message may offer."""
+    text = str(value) if type(value).__module__ == "torch" else value
+    if isinstance(text, int) and not isinstance(text, bool) and 0 <= text < 10_000:
+        return f"cuda:{text}"
+    if isinstance(text, str) and _DEVICE.fullmatch(text):
         return text
-    guess = nearest(text, (AUTO, "cpu", "cuda", *LATER_DEVICE_MAPS)) if isinstance(text, str) else ""
-    raise ValueError(f"{quoted(value)}; 'auto', 'cpu', 'cuda', 'cuda:<number>' or a GPU's number is accepted{guess}")
+    if isinstance(text, str) and _NUMBER.fullmatch(text):
+        return f"cuda:{int(text)}"
+    guess = nearest(text, ("cpu", "disk", "cuda", *besides)) if isinstance(text, str) else ""
+    offered = "".join(f"{name!r}, " for name in besides)
+    what = " or a map of modules to devices" if besides else ""
+    raise ValueError(f"{quoted(value)}; {offered}'cpu', 'disk', 'cuda', 'cuda:<number>', a GPU's number{what} is accepted{guess}")
+
+
+def numbered(device: str) -> str:
+    """The same device, with its number."""
+    return "cuda:0" if device == "cuda" else device
+
+
+def _map_of_modules(value: Mapping[Any, Any]) -> str | Mapping[str, str]:
+    found, problems = {}, []
+    for name, where in value.items():
+        if not isinstance(name, str):
+            problems.append(f"{quoted(name)} is no name of a module")
+            continue
+        try:
+            found[name] = device(where)
+        except ValueError as error:
+            problems.append(f"{quoted(name)}: {error}")
+    if not value:
+        problems.append("an empty map; every parameter needs a device")
+    if problems:
+        more = f"; and {len(problems) - LISTED:,} more" if len(problems) > LISTED else ""
+        raise ValueError("; ".join(problems[:LISTED]) + more)
+    return found[""] if list(found) == [""] else {name: numbered(where) for name, where in found.items()}
 
 
 def max_memory(value: Any) -> Mapping[str, int]:
-    """Bytes (`8_000_000_000`, `"8GB"`, `"7.5GiB"`) for every device, or a map from device to bytes. "" stands for every device."""
+    """Bytes (`8_000_000_000`, `"8GB"`, `"7.5GiB"`) for every GPU and main memory, or a map from device to bytes: of the GPUs it
+    names only those are used, 0 keeps a device out, and `"disk"` has no limit unless it is named."""
     if not isinstance(value, Mapping):
         return {"": size(value)}
     limits: dict[str, int] = {}
     for key, limit in value.items():
-        device = device_map(key)
-        if device == AUTO:
-            raise ValueError("the keys of a map are devices; 'auto' is none")
-        limits["cuda:0" if device == "cuda" else device] = size(limit)
+        where = "" if key == "" else numbered(device(key))
+        if where in limits:
+            raise ValueError(f"{quoted(where)} is named twice")
+        limits[where] = 0 if type(limit) is int and limit == 0 else size(limit)
     return limits
 
 

@@ -55,6 +55,7 @@ class LlamaPlanner:
             context_length=context_length,
             dtype=dtype,
             ignored=tuple(name for name in catalog.entries if name.endswith(".rotary_emb.inv_freq")),
+            empty=("model.rotary_emb",),
         )
 
 

@@ -30,6 +30,8 @@ class NonePlanner:
             yield Reason("quantizer.kernel", f"there is no kernel {options.kernel!r}; accepted is {', '.join(KERNELS)}")
         elif options.kernel == "packed" and not _can_pack(need):
             yield Reason("quantizer.kernel", "packed is for bfloat16 on a CPU with the flag avx512_bf16")
+        elif options.kernel == "packed" and need.streamed:
+            yield Reason("quantizer.kernel", "packed keeps a copy of every weight, and some are brought from disk for each step")
 
     @staticmethod
     def settle(need: QuantizerNeed, options: NoneOptions) -> NoneOptions:
@@ -38,7 +40,8 @@ class NonePlanner:
             return options
         if need.device != "cpu":
             return evolve(options, kernel="linear")
-        return evolve(options, kernel="packed" if _can_pack(need) and "amx_tile" not in need.cpu_flags else "mv")
+        pays = _can_pack(need) and "amx_tile" not in need.cpu_flags and not need.streamed
+        return evolve(options, kernel="packed" if pays else "mv")
 
     @staticmethod
     def outputs(parameter: Parameter, dtype: str, options: NoneOptions) -> tuple[TensorSpec, ...]:  # noqa: ARG004 - protocol

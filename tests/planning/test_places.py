@@ -4,7 +4,7 @@ import pytest
 
 from modelrig.errors import PlanError
 from modelrig.planning.environment import Environment
-from modelrig.planning.placement import place
+from modelrig.planning.places import place
 from modelrig.planning.request import Request
 from rigs import gpu, machine
 
