@@ -19,6 +19,12 @@ def is_on_network(path: Path) -> bool:
     return kind.partition(".")[0] in NETWORK_FILE_SYSTEMS
 
 
+def mount_points_in(folder: Path) -> list[str]:
+    """Mount points at or below `folder`, which must be a real path."""
+    below = f"{folder}{os.sep}"
+    return sorted(point for point in _mounts() if point == str(folder) or point.startswith(below))
+
+
 def _mounts() -> dict[str, str]:
     """Mount point → file system type, from the kernel; empty where there is no /proc."""
     try:

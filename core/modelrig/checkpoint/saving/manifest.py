@@ -8,9 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from attrs import Factory, field, frozen
+from attrs import field, frozen
 
-from modelrig.checkpoint.files import open_regular
 from modelrig.checkpoint.paths import name_problem
 from modelrig.checkpoint.saving.names import MANIFEST
 from modelrig.checkpoint.strict_json import load_json

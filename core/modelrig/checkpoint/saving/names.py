@@ -19,6 +19,7 @@ HUGGING_FACE = (FileNames("model", ".safetensors"), FileNames("pytorch_model", "
 #: while the files of a folder are exchanged in place, this link in it points to the set that counts
 CURRENT = ".modelrig.current"
 
+_VARIANT = r"(?:\.([^./]+?))?"
 _MARK = r"(?:-[0-9a-f]{12})?"  # of shards that must not be called like any other
 _NUMBERS = r"(?:-\d{5,}-of-\d{5,})?"
 _LONGEST = 180  # bytes of a folder's name that are repeated in the names of its lock and stages
@@ -29,12 +30,12 @@ def new_id() -> str:
 
 
 def lock_name(folder: str) -> str:
-    """The lock file of the folder called `folder`, beside it."""
-    return f".{_short(folder)}.modelrig.lock"
+    """The lock file of the folder called `folder`, beside it; of the folder itself, inside it, for ""."""
+    return f".{_short(folder)}.modelrig.lock" if folder else ".modelrig.lock"
 
 
 def stage_prefix(folder: str) -> str:
-    """How stages of the folder called `folder` begin, beside it; their id follows. Inside of a folder it is called ""."""
+    """How stages of the folder called `folder` begin, beside it, or inside it, for ""; their id follows."""
     return f".{_short(folder)}.stage-" if folder else ".modelrig.stage-"
 
 
@@ -55,28 +56,24 @@ class Ownership:
     """
 
     formats: Sequence[FileNames]
-    variant: str | None
+    #: "" for none; None where the files of all variants are ours
+    variants: frozenset[str] | None
     #: name → bytes, of the files the folder's manifest lists
     listed: Mapping[str, int]
 
     def owns(self, name: str, size: int) -> bool:
         """Whether the file `name`, which has `size` bytes, is ours. One that was listed and was edited since is not."""
-        if name == MANIFEST or is_tensor_file(name, self.formats, self.variant):
-            return True
-        return self.listed.get(name) == size and not is_any_tensor_file(name, self.formats)
+        variant = tensor_file_variant(name, self.formats)
+        if variant is not None:
+            return self.variants is None or variant in self.variants
+        return name in (MANIFEST, lock_name("")) or self.listed.get(name) == size
 
 
-def is_tensor_file(name: str, formats: Sequence[FileNames], variant: str | None) -> bool:
-    """Whether `name` is a tensor file or index of `variant`."""
-    dot = "" if variant is None else re.escape(f".{variant}")
-    return any(_matches(name, one, dot) for one in formats)
-
-
-def is_any_tensor_file(name: str, formats: Sequence[FileNames]) -> bool:
-    return any(_matches(name, one, r"(?:\.[^./]+)?") for one in formats)
-
-
-def _matches(name: str, names: FileNames, variant: str) -> bool:
-    stem, suffix = re.escape(names.stem), re.escape(names.suffix)
-    pattern = rf"{stem}{variant}{_MARK}{_NUMBERS}{suffix}|{stem}{suffix}\.index{variant}\.json"
-    return re.fullmatch(pattern, name) is not None
+def tensor_file_variant(name: str, formats: Sequence[FileNames]) -> str | None:
+    """The variant of which `name` is a tensor file or index, "" for those without a mark; None if it is neither."""
+    for one in formats:
+        stem, suffix = re.escape(one.stem), re.escape(one.suffix)
+        for pattern in (rf"{stem}{_VARIANT}{_MARK}{_NUMBERS}{suffix}", rf"{stem}{suffix}\.index{_VARIANT}\.json"):
+            if found := re.fullmatch(pattern, name):
+                return found[1] or ""
+    return None

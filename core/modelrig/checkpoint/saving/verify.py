@@ -12,7 +12,7 @@ from attrs import frozen
 
 from modelrig.checkpoint.files import open_regular
 from modelrig.checkpoint.saving.manifest import Manifest, read_manifest
-from modelrig.checkpoint.saving.names import HUGGING_FACE, is_any_tensor_file
+from modelrig.checkpoint.saving.names import HUGGING_FACE, MANIFEST, tensor_file_variant
 from modelrig.errors import FileError, IntegrityError
 
 _READ_SIZE = 4 << 20
@@ -59,7 +59,7 @@ def verify(folder: Path, progress: Callable[[int, int], None] | None = None) -> 
         manifest = read_manifest(folder)
     except (IntegrityError, FileError) as error:
         where = f"{error.locus}: " if error.locus else ""
-        return Verification(checked=(), problems=(Problem(error.code, "modelrig.json", where + error.reason),))
+        return Verification(checked=(), problems=(Problem(error.code, MANIFEST, where + error.reason),))
     if manifest is None:
         return _verify_blobs(folder, progress)
     return _verify_listed(folder, manifest, progress)
@@ -67,7 +67,8 @@ def verify(folder: Path, progress: Callable[[int, int], None] | None = None) -> 
 
 def _verify_listed(folder: Path, manifest: Manifest, progress: Callable[[int, int], None] | None) -> Verification:
     problems: list[Problem] = []
-    right, wrong = [], []
+    right: list[str] = []
+    wrong: list[str] = []
     total, done = sum(file.bytes for file in manifest.files.values()), 0
     for name, file in manifest.files.items():
         found = _problem(folder / name, name, file.bytes, file.sha256)
@@ -76,7 +77,7 @@ def _verify_listed(folder: Path, manifest: Manifest, progress: Callable[[int, in
         done += file.bytes
         if progress:
             progress(done, total)
-    problems += _mixed(folder, manifest, right, wrong)
+    problems += _mixed(folder, right, wrong)
     return Verification(checked=tuple(manifest.files), problems=tuple(problems), save_id=manifest.save_id)
 
 
@@ -93,14 +94,16 @@ def _problem(path: Path, name: str, size: int, sha256: str) -> list[Problem]:
     return [] if found == sha256 else [Problem("IT-HASH", name, f"has SHA-256 {found}; {sha256} was saved")]
 
 
-def _mixed(folder: Path, manifest: Manifest, right: list[str], wrong: list[str]) -> Iterator[Problem]:
+def _mixed(folder: Path, right: list[str], wrong: list[str]) -> Iterator[Problem]:
     """A save that knows nothing of manifests leaves some of our tensor files beside some of its own."""
-    bad = [name for name in wrong if is_any_tensor_file(name, HUGGING_FACE)]
-    if bad and any(is_any_tensor_file(name, HUGGING_FACE) for name in right):
+    variant = {name: tensor_file_variant(name, HUGGING_FACE) for name in (*right, *wrong)}
+    bad = [name for name in wrong if variant[name] is not None]
+    if bad and any(variant[name] is not None for name in right):
         yield Problem("IT-MIXED", None, f"{', '.join(bad[:5])}: not of the save the other tensor files are of, or damaged")
-    others = [name for name in _names(folder) if name not in manifest.files and is_any_tensor_file(name, HUGGING_FACE)]
-    for name in others:
-        yield Problem("IT-MIXED", name, "a tensor file or index that the manifest does not list: another program wrote it")
+    saved = {one for one in variant.values() if one is not None}
+    for name in _names(folder):
+        if name not in variant and tensor_file_variant(name, HUGGING_FACE) in saved:
+            yield Problem("IT-MIXED", name, "a tensor file or index that the manifest does not list: another program wrote it")
 
 
 def _verify_blobs(folder: Path, progress: Callable[[int, int], None] | None) -> Verification:
