@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from modelrig import errors
+    from modelrig.loading.dispatch import load_and_dispatch
+    from modelrig.loading.empty import empty_weights
+    from modelrig.loading.into_module import load_checkpoint
     from modelrig.model import Model, Plan, load, plan
     from modelrig.registry import plugins, register
 
@@ -18,13 +21,28 @@ __version__ = "0.1.0"
 _HOMES = {
     "Model": "modelrig.model",
     "Plan": "modelrig.model",
+    "empty_weights": "modelrig.loading.empty",
     "load": "modelrig.model",
+    "load_and_dispatch": "modelrig.loading.dispatch",
+    "load_checkpoint": "modelrig.loading.into_module",
     "plan": "modelrig.model",
     "plugins": "modelrig.registry",
     "register": "modelrig.registry",
 }
 
-__all__ = ["Model", "Plan", "__version__", "errors", "load", "plan", "plugins", "register"]
+__all__ = [
+    "Model",
+    "Plan",
+    "__version__",
+    "empty_weights",
+    "errors",
+    "load",
+    "load_and_dispatch",
+    "load_checkpoint",
+    "plan",
+    "plugins",
+    "register",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -7,7 +7,7 @@
     ├── CheckpointError            something is wrong with the checkpoint                           1
     │   ├── SourceError            it cannot be found or fetched (SR-*)                             1
     │   ├── FileError              not a regular readable file, or it changed (IO-*)                1
-    │   ├── FormatError            a tensor file breaks its format (ST-*)                           1
+    │   ├── FormatError            a tensor file breaks its format (ST-*, PK-*, ZP-*)               1
     │   ├── IndexFileError         the shard index breaks its rules (IX-*)                          1
     │   ├── IntegrityError         its files are not those its manifest lists (IT-*)                1
     │   ├── ConfigError            config.json or another JSON file of the folder (CF-*)            1
@@ -329,6 +329,35 @@ CODES: dict[str, str] = {
     "ST-HOLE": "byte ranges leave a hole",
     "ST-TRUNC": "file ends before the last tensor",
     "ST-TRAIL": "bytes after the last tensor",
+    # the pickle in a .bin file
+    "PK-LEGACY": "a pickle without an archive, a tar archive or TorchScript (the message says how to convert)",
+    "PK-GLOBAL": "the pickle names something tensors are not made of",
+    "PK-OPCODE": "an opcode or protocol that torch.save does not write",
+    "PK-REDUCE": "a call or storage with other arguments than torch.save writes",
+    "PK-LIMIT": "larger, deeper or more than is accepted",
+    "PK-TRUNC": "the pickle ends before its last opcode",
+    "PK-BAD": "the pickle contradicts itself",
+    "PK-ROOT": "the pickle does not hold a dict from names to tensors",
+    "PK-KEY": "a key that is no name, or whose value is no tensor",
+    "PK-LAYOUT": "a sparse, quantised, complex, nested or otherwise not plain tensor",
+    "PK-STRIDE": "a tensor whose values do not lie densely within its storage",
+    "PK-ALIAS": "tensors that share a part of their bytes without being the same",
+    # the zip archive of a .bin file
+    "ZP-MAGIC": "not a zip archive (the message says what it looks like)",
+    "ZP-END": "the archive does not end with its end record",
+    "ZP-DIRECTORY": "the archive's directory is not what its end record or itself says",
+    "ZP-COUNT": "more records than the limit",
+    "ZP-NAME": "a record whose name no folder can hold",
+    "ZP-DUP": "two records of one name",
+    "ZP-METHOD": "a compressed record",
+    "ZP-CRYPT": "an encrypted record",
+    "ZP-LOCAL": "a record's own header contradicts the directory",
+    "ZP-OVERLAP": "records overlap each other or the directory",
+    "ZP-PICKLE": "no data.pkl, or more than one",
+    "ZP-ORDER": "a byte order other than little-endian",
+    "ZP-CRC": "a record differs from its checksum",
+    "ZP-RECORD": "the archive lacks a tensor's record",
+    "ZP-SIZE": "a record is not as large as the pickle says",
     # index
     "IX-JSON": "index is not a JSON object",
     "IX-DUPKEY": "duplicate key in the index",
@@ -394,6 +423,8 @@ CODES: dict[str, str] = {
     "LD-TENSORS": "tensors missing, unexpected or misshapen",
     "LD-DTYPE": "a stored dtype that cannot fill the parameter",
     "LD-META": "parameters were left without data",
+    "LD-MAPPING": "a mapping rule does not fit the stored tensors, or its result does not fit the model",
+    "LD-TIE": "a tensor that the module shares under several names is stored with different values",
     "LD-CLOSED": "the model was closed",
     "SV-ARGS": "an argument of a save that cannot be used",
     "SV-TARGET": "a folder a save must not or cannot replace",

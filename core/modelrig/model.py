@@ -13,7 +13,6 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,9 +30,9 @@ if TYPE_CHECKING:
     from modelrig.generation.session import Session
     from modelrig.generation.tokenizer import Tokenizer
     from modelrig.loading.materialise import Filled
+    from modelrig.loading.progress import ProgressChoice
 
 Message = Mapping[str, Any]
-ProgressChoice = bool | Callable[[int, int], None]
 
 
 class Plan(RigPlan):
@@ -53,9 +52,8 @@ class Plan(RigPlan):
         from modelrig.loading.progress import progress_bar
 
         handled = sys.exception()
-        bar = progress_bar("loading") if progress is True else nullcontext(progress or None)
         try:
-            with bar as report:
+            with progress_bar("loading", progress) as report:
                 return _load(self, report)
         except BaseException as error:
             _forget_frames(error, handled)

@@ -56,6 +56,7 @@ class _State:
     dropped: tuple[Tensor, ...] = ()  # views of mapped files whose pages go after use
     pieces: tuple[tuple[int, Piece], ...] = ()  # file number and what to read into the slot
     copies: tuple[tuple[Tensor, Tensor], ...] = ()  # (in the slot, in main memory)
+    hidden: tuple[tuple[dict[str, Any], str, Tensor, Tensor], ...] = ()  # (where it is held, name, itself, a stand-in)
     ready: Future[None] | None = None
     users: int = 0
     used: Any = None  # the GPU's event after the last use
@@ -76,9 +77,9 @@ class Streamer:
         self.filler, self.device = filler, device
         self.tensors: dict[str, Tensor] = {}
         self.slot_bytes = 0
-        self._states = [_State(unit, number % SLOTS) for number, unit in enumerate(units)]
+        self._states = [_State(unit, slot) for unit, slot in zip(units, _turns(units), strict=True)]
         self._place()
-        self._filled: list[_State | None] = [None] * SLOTS
+        self._filled: list[_State | None] = [None] * (1 + max((state.slot for state in self._states), default=0))
         self._next: dict[int, int] = {}
         self._sites: list[_State] = []
         self._last: int | None = None
@@ -92,7 +93,7 @@ class Streamer:
     def _place(self) -> None:
         """Views where they serve; the rest gets a place in its unit's slot."""
         places: list[tuple[_State, Wanted, int]] = []
-        sizes = [0] * SLOTS
+        sizes = [0] * (1 + max((state.slot for state in self._states), default=0))
         for state in self._states:
             offset = 0
             paged, dropped = [], []
@@ -129,9 +130,22 @@ class Streamer:
         for state in self._states:
             state.pieces = tuple(sorted(state.pieces, key=lambda item: (item[0], item[1].entry.offset)))
 
-    def attach(self) -> None:
-        """From now on the units' modules get their tensors when they are called."""
+    @property
+    def slotted(self) -> list[str]:
+        """Names of the tensors whose values are only there while their modules are called."""
+        return [one.name for state in self._states if state.is_slotted for one in state.unit.wanted]
+
+    def attach(self, holders: Mapping[str, Sequence[tuple[dict[str, Any], str]]] | None = None) -> None:
+        """From now on the units' modules get their tensors when they are called.
+
+        `holders` says where tensors in slots are held by name; between calls they are then replaced by empty ones, so that whoever
+        uses them otherwise gets an error and not another unit's weights.
+        """
         for state in self._states:
+            held = [place for one in state.unit.wanted for place in (holders or {}).get(one.name, ())]
+            state.hidden = tuple((place, leaf, place[leaf], _stand_in(place[leaf])) for place, leaf in held)
+            for place, leaf, _, empty in state.hidden:
+                place[leaf] = empty
             for module in state.unit.sites:
                 site = len(self._sites)
                 self._sites.append(state)
@@ -148,7 +162,7 @@ class Streamer:
         self._readers.shutdown(cancel_futures=True)
         self.filler.close()
         self.tensors.clear()
-        self._states, self._sites, self._filled = [], [], [None] * SLOTS
+        self._states, self._sites, self._filled = [], [], []
 
     # ------------------------------------------------------------------------------------------ in a forward
 
@@ -172,6 +186,8 @@ class Streamer:
                     self._turn.notify_all()
                 raise
             with self._turn:
+                for place, leaf, tensor, _ in state.hidden:
+                    place[leaf] = tensor
                 self._look_ahead(site)
 
         return hook
@@ -181,6 +197,9 @@ class Streamer:
             state = self._sites[site]
             with self._turn:
                 state.users -= 1
+                if state.users == 0:
+                    for place, leaf, _, empty in state.hidden:
+                        place[leaf] = empty
                 if self.device.type == "cuda":
                     state.used = torch.cuda.Event()  # type: ignore[no-untyped-call]
                     state.used.record()
@@ -254,3 +273,22 @@ class Streamer:
         if state.users == 0 and state.ready is None:
             for view in state.dropped:
                 drop_pages(view)
+
+
+def _turns(units: Sequence[Unit]) -> list[int]:
+    """The slot of each unit: two in turn, and one of its own for a unit that is in use while others inside it are."""
+    inside = [{part for site in unit.sites for part in site.modules()} - set(unit.sites) for unit in units]
+    found, turn, own = [], 0, SLOTS
+    for unit, parts in zip(units, inside, strict=True):
+        if any(site in parts for other in units if other is not unit for site in other.sites):
+            found.append(own)
+            own += 1
+        else:
+            found.append(turn)
+            turn = (turn + 1) % SLOTS
+    return found
+
+
+def _stand_in(tensor: Tensor) -> Tensor:
+    empty = torch.empty_like(tensor, device="meta")
+    return nn.Parameter(empty, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty

@@ -8,11 +8,19 @@ from contextlib import contextmanager
 
 from modelrig.loading.filling import Progress
 
+ProgressChoice = bool | Progress
+
 
 @contextmanager
-def progress_bar(label: str) -> Iterator[Progress | None]:
-    """A callback that draws a bar while the block runs; None when stderr is no terminal."""
-    if not sys.stderr.isatty():
+def progress_bar(label: str, wanted: ProgressChoice = True) -> Iterator[Progress | None]:
+    """A callback that draws a bar while the block runs; None when stderr is no terminal, or none is wanted.
+
+    A function is what the caller wants called instead.
+    """
+    if not isinstance(wanted, bool):
+        yield wanted
+        return
+    if not wanted or not sys.stderr.isatty():
         yield None
         return
     from rich.console import Console
