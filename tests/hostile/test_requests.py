@@ -40,7 +40,8 @@ FLAGS = {
     ],
     "dtype": bad("float99", "int8", "16", "load", "__class__", "x" * 10_000, says="[RQ-VALUE] dtype: "),
     "device-map": [
-        *bad("gpu", "mps", "meta", "-1", "99999", "cuda:-1", "cpu:0", "{}", '{"model" = "cpu"}', says="[RQ-VALUE] device_map: "),
+        *bad("gpu", "mps", "meta", "-1", "99999", "cuda:-1", "cpu:0", "{}", '{"" = "tpu"}', says="[RQ-VALUE] device_map: "),
+        *bad('{"model" = "cpu"}', '{"" = "cpu", "modle" = "cpu"}', says="[PN-MAP-", code=INFEASIBLE),
         *bad("cuda", "cuda:7", "0", says="[PN-DEVICE] device_map: ", code=INFEASIBLE),
     ],
     "max-memory": [
@@ -271,7 +272,8 @@ PYTHON: list[tuple[dict[str, Any], type[ModelrigError], str]] = [
     ({"batch": 0}, RequestError, "RQ-VALUE"),
     ({"batch": 1.0}, RequestError, "RQ-VALUE"),
     ({"dtype": object()}, RequestError, "RQ-VALUE"),
-    ({"device_map": {"model": "cpu"}}, RequestError, "RQ-VALUE"),
+    ({"device_map": {"model": "cpu"}}, PlanError, "PN-MAP-COVER"),
+    ({"device_map": {"model": "tpu"}}, RequestError, "RQ-VALUE"),
     ({"device_map": ["cpu"]}, RequestError, "RQ-VALUE"),
     ({"device_map": "cuda:7"}, PlanError, "PN-DEVICE"),
     ({"max_memory": {1: object()}}, RequestError, "RQ-VALUE"),

@@ -21,6 +21,7 @@ CASES: list[tuple[str, Any, dict[str, Any], dict[str, Any], Situation]] = [
     ("quantizer.device", rigs.quantizer, {"devices": {"cpu"}}, {"devices": {"cuda"}}, situation()),
     ("quantizer.dtype", rigs.quantizer, {"dtypes": {"float32"}}, {"dtypes": {"float16"}}, situation()),
     ("quantizer.scheme", rigs.quantizer, {"reads": {"awq"}}, {"reads": {"none"}}, situation(scheme="awq")),
+    ("quantizer.streams", rigs.quantizer, {"streams": True}, {}, situation(streamed=True)),
     ("attention.device", rigs.attention, {"devices": {"cuda"}}, {"devices": {"cpu"}}, situation(device="cuda:1")),
     ("attention.dtype", rigs.attention, {"dtypes": {"float32"}}, {"dtypes": {"bfloat16"}}, situation()),
     ("attention.head_dim", rigs.attention, {"head_dims": Range(8, 64, 8)}, {"head_dims": Range(32, 64)}, situation()),

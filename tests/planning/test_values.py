@@ -83,16 +83,32 @@ def test_a_torch_dtype_and_device_serve_as_their_names() -> None:
         (0, "cuda:0"),
         ({"": "cpu"}, "cpu"),
         ({"": 1}, "cuda:1"),
+        ("disk", "disk"),
+        ("1", "cuda:1"),
+        ("balanced", "balanced"),
+        ("balanced_low_0", "balanced_low_0"),
+        ("sequential", "sequential"),
     ],
 )
-def test_a_device_map_names_one_device(written: object, device: str) -> None:
+def test_a_device_map_is_a_strategy_or_names_one_device(written: object, device: str) -> None:
     assert device == values.device_map(written)
 
 
-@pytest.mark.parametrize("written", ["balanced", "sequential", "balanced_low_0", {"model.layers.0": 0}])
-def test_device_maps_that_split_a_model_say_that_they_are_not_available(written: object) -> None:
-    with pytest.raises(ValueError, match="not available yet"):
-        values.device_map(written)
+def test_a_device_map_of_modules_has_a_device_for_each() -> None:
+    import torch
+
+    written = {"": "disk", "a": 0, "a.b": "cuda", "c": "cuda:1", "d": torch.device("cpu"), "e": "1"}
+    expected = {"": "disk", "a": "cuda:0", "a.b": "cuda:0", "c": "cuda:1", "d": "cpu", "e": "cuda:1"}
+    assert expected == values.device_map(written)
+
+
+def test_every_device_of_a_map_that_is_none_is_told() -> None:
+    with pytest.raises(ValueError, match="'mps' for 'a', 'auto' for 'b', the name 7; for the name"):
+        values.device_map({"a": "mps", "ok": "cpu", "b": "auto", 7: "cpu"})
+    with pytest.raises(ValueError, match="and 80 more"):
+        values.device_map({str(i): "gpu" for i in range(100)})
+    with pytest.raises(ValueError, match="an empty map"):
+        values.device_map({})
 
 
 @pytest.mark.parametrize("written", ["gpu", "cuda:", "cuda:x", -1, True, 1.0, "cpu:0", "mps"])

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from modelrig.components import KINDS
+from modelrig.errors import MAX_QUOTED
 from modelrig.planning.ledger import MOMENTS
 from modelrig.planning.memory import human
 from modelrig.planning.plan import RigPlan, plain_options
 from modelrig.planning.request import DEFAULT
 from modelrig.planning.rules import SINGULAR
+from modelrig.planning.units import DISK
 
 MOMENT_NAMES = {"load_peak": "while loading", "steady": "loaded", "run": "generating"}
 
@@ -19,6 +21,7 @@ def explain(plan: RigPlan) -> str:
     sections = (
         ("", _model(plan)),
         ("rig", _rig(plan)),
+        ("places", _places(plan)),
         ("asked for", _asked(plan)),
         ("not chosen", _refused(plan)),
         ("memory", _memory(plan)),
@@ -32,7 +35,8 @@ def summary(plan: RigPlan) -> str:
     """One line: the model, the parts, the place, the bytes."""
     parts = " · ".join(plan.choices[kind].component for kind in KINDS[2:])
     size = human(plan.ledger.total("run", plan.device))
-    return f"{plan.reference}: {parts} · {plan.dtype} on {plan.device} · context {plan.context} · {size}"
+    others = "".join(f" and {device}" for device in dict.fromkeys(plan.device_map.values()) if device != plan.device)
+    return f"{plan.reference}: {parts} · {plan.dtype} on {plan.device}{others} · context {plan.context} · {size}"
 
 
 def _model(plan: RigPlan) -> Iterator[str]:
@@ -58,11 +62,43 @@ def _rig(plan: RigPlan) -> Iterator[str]:
     yield from _aligned(rows)
 
 
+def _places(plan: RigPlan) -> Iterator[str]:
+    """Where the weights are, unless all are on the device that runs: runs of numbered blocks as `model.layers.0-3`."""
+    if plan.device_map.keys() == {""} and plan.device_map[""] == plan.device:
+        return
+    of_device: dict[str, list[str]] = {}
+    for name, device in plan.device_map.items():
+        of_device.setdefault(device, []).append(name)
+    yield from _aligned([(device, ", ".join(_ranges(names)), "") for device, names in of_device.items()])
+
+
+def _ranges(names: Sequence[str]) -> Iterator[str]:
+    """Names in order, consecutive numbers under one parent drawn together."""
+    runs: list[tuple[str, list[int]]] = []
+    for name in names:
+        parent, dot, last = name.rpartition(".")
+        number = int(last) if dot and last.isdecimal() and len(last) < 8 else None
+        if number is None:
+            runs.append((name, []))
+        elif runs and runs[-1][0] == parent and runs[-1][1] and runs[-1][1][-1] == number - 1:
+            runs[-1][1].append(number)
+        else:
+            runs.append((parent, [number]))
+    for place, (name, numbers) in enumerate(runs):
+        again = place > 0 and numbers and runs[place - 1][1] and runs[place - 1][0] == name
+        span = "-".join(str(number) for number in dict.fromkeys((numbers[0], numbers[-1]))) if numbers else ""
+        yield span if again else f"{name}.{span}" if numbers else name or "the whole model"
+
+
 def _asked(plan: RigPlan) -> Iterator[str]:
     asked = plan.request.to_json().items()
-    rows = [(key, str(entry["value"]), entry["origin"]) for key, entry in asked if entry["origin"] != DEFAULT]
+    rows = [(key, _shortened(str(entry["value"])), entry["origin"]) for key, entry in asked if entry["origin"] != DEFAULT]
     rows += [(key, "", origin) for key, origin in plan.request.origins.items() if "." in key]
     yield from _aligned(rows)
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= MAX_QUOTED else text[:MAX_QUOTED] + "…"
 
 
 def _refused(plan: RigPlan) -> Iterator[str]:
@@ -76,7 +112,8 @@ def _refused(plan: RigPlan) -> Iterator[str]:
 def _memory(plan: RigPlan) -> Iterator[str]:
     for device in plan.ledger.devices:
         available = plan.environment.available_bytes(device)
-        yield f"  {device}: " + ("what is free is not known" if available is None else f"{human(available)} available")
+        free = f"{human(available)} available" if available is not None else "what is free is not known"
+        yield f"  {device}: " + ("read in each step" if device == DISK else free)
         for moment in MOMENTS:
             lines = [line for line in plan.ledger if line.device == device and line.moment == moment]
             if not lines:

@@ -228,7 +228,7 @@ class Account:
         device: the one that runs, with `weights`.
         elsewhere: every other device of a map, and its weights.
         slots: bytes for what is streamed to `device`.
-        layers: GPU → the layers whose cache is there; without an entry all of them are on `device`.
+        layers: GPU → the layers whose cache is there, where several run; if empty all of them are on `device`.
     """
 
     device: str
@@ -241,9 +241,9 @@ class Account:
     slots: int = 0
     layers: Mapping[str, Sequence[AttentionSpec]] = Factory(dict)
 
-    def cache_bytes(self, context: int, batch: int, device: str | None = None) -> int:
-        """Of `device`; by default of the whole model on one device."""
-        layers = self.facts.layers if device is None else self.layers.get(device, () if self.layers else self.facts.layers)
+    def cache_bytes(self, context: int, batch: int, layers: Sequence[AttentionSpec] | None = None) -> int:
+        """Of `layers`; by default of all."""
+        layers = self.facts.layers if layers is None else layers
         return int(self.cache.nbytes(layers, batch, context, self.dtype, self.cache_options)) if layers else 0
 
     def draw(self, context: int, batch: int) -> Ledger:
@@ -259,10 +259,10 @@ class Account:
         lines = (Line(device=d, moment=m, what=what, bytes=size, exact=exact) for d, m, what, size, exact in items if size)
         return Ledger(tuple(lines))
 
-    def reserve(self, device: str, context: int, batch: int) -> int:
+    def reserve(self, device: str, context: int, batch: int, *, with_cache: bool = True) -> int:
         """What `device` needs beside weights and slots, at the moment it needs most."""
         ledger = evolve(self, elsewhere={device: NO_WEIGHTS} if device != self.device else {}).draw(context, batch)
-        weights = (MAPPED, WEIGHTS, COPIES, SLOTS)
+        weights = (MAPPED, WEIGHTS, ON_DISK, COPIES, SLOTS, *(() if with_cache else (CACHE,)))
         return max(
             sum(line.bytes for line in ledger if (line.device, line.moment) == (device, moment) and line.what not in weights)
             for moment in MOMENTS
@@ -284,5 +284,6 @@ class Account:
     def _running(self, device: str, context: int, batch: int) -> Iterator[tuple[str, str, int, bool]]:
         weights = self.weights if device == self.device else self.elsewhere[device]
         yield ("run", COPIES, weights.copies, False)
-        yield ("run", CACHE, self.cache_bytes(context, batch, device), True)
+        layers = self.facts.layers if device == self.device else ()
+        yield ("run", CACHE, self.cache_bytes(context, batch, self.layers.get(device, ()) if self.layers else layers), True)
         yield ("run", ACTIVATIONS, activation_bytes(self.facts, batch, context, self.dtype), False)

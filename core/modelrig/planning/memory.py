@@ -10,6 +10,7 @@ from modelrig.errors import ResourceLimitError
 from modelrig.planning.environment import Environment
 from modelrig.planning.ledger import Account, Ledger
 from modelrig.planning.request import Request
+from modelrig.planning.units import DISK
 
 UNITS = ((10**12, 2**40, "T"), (10**9, 2**30, "G"), (10**6, 2**20, "M"), (10**3, 2**10, "k"))
 
@@ -33,7 +34,7 @@ class Limit:
 
 def limits(device: str, request: Request, environment: Environment) -> Iterator[Limit]:
     """Every limit that holds for `device`."""
-    asked = request.max_memory.get(device, request.max_memory.get(""))
+    asked = request.max_memory.get(device, None if device == DISK else request.max_memory.get(""))
     if asked is not None:
         yield Limit(bytes=asked, why=f"max_memory by {request.origin('max_memory')}", counts_mapped=True)
     available = environment.available_bytes(device)
@@ -44,11 +45,13 @@ def limits(device: str, request: Request, environment: Environment) -> Iterator[
         yield Limit(bytes=environment.memory.address_space_bytes, why="RLIMIT_AS", counts_mapped=True)
 
 
-def broken_limit(ledger: Ledger, request: Request, environment: Environment) -> tuple[str, int, Limit] | None:
-    """(device, bytes needed, the limit they exceed), or None if everything fits."""
+def broken_limit(
+    ledger: Ledger, request: Request, environment: Environment, *, with_pages: bool = False
+) -> tuple[str, int, Limit] | None:
+    """(device, bytes needed, the limit they exceed), or None if everything fits; `with_pages`, together with mapped files."""
     for device in ledger.devices:
         for limit in limits(device, request, environment):
-            needed = ledger.peak(device, with_mapped=limit.counts_mapped)
+            needed = ledger.peak(device, with_mapped=limit.counts_mapped or with_pages, with_copies=limit.counts_mapped)
             if needed > limit.bytes:
                 return device, needed, limit
     return None
@@ -85,9 +88,10 @@ def require_fit(
 
 def _notes(ledger: Ledger, environment: Environment) -> Iterator[str]:
     available = environment.available_bytes("cpu")
-    if available is not None and "cpu" in ledger.devices and ledger.peak("cpu", with_mapped=True) > available:
+    needed = ledger.peak("cpu", with_mapped=True)
+    if available is not None and needed > available:
         yield (
-            f"the mapped weights and the rest are {human(ledger.peak('cpu', with_mapped=True))}, {human(available)} are available: "
+            f"the mapped weights and the rest are {human(needed)}, {human(available)} are available: "
             "pages of the files will be dropped and read again, which is slow"
         )
 

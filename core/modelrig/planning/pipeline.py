@@ -9,11 +9,12 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
-from attrs import evolve, frozen
+from attrs import evolve
 
 from modelrig.checkpoint.matching import match, require_weights
-from modelrig.components import FLOATING, Catalog, ModelFacts, Snapshot
-from modelrig.errors import ModelrigError, PlanError, PluginError
+from modelrig.components import FLOATING, ModelFacts, Snapshot
+from modelrig.errors import PlanError
+from modelrig.planning.deciding import Checkpoint, Decision, Desk, decide
 from modelrig.planning.environment import Environment, read_environment
 from modelrig.planning.identify import (
     CONFIG,
@@ -27,43 +28,17 @@ from modelrig.planning.identify import (
     read_eos_ids,
     resolve,
 )
-from modelrig.planning.ledger import Account, Ledger, weigh
-from modelrig.planning.memory import require_fit
 from modelrig.planning.needs import PLAIN, Situation, stored_scheme
-from modelrig.planning.negotiation import Choice, Negotiated, negotiate
-from modelrig.planning.places import place
+from modelrig.planning.negotiation import Choice
+from modelrig.planning.places import notes_on_limits, place
 from modelrig.planning.plan import RigPlan
 from modelrig.planning.request import Request, read_request
 from modelrig.planning.values import AUTO
 from modelrig.registry import Registry, current
-from modelrig.registry.ledger import cause
 
 USUAL_CONTEXT = 4096  # tokens `auto` plans for at most
 
 P = TypeVar("P", bound=RigPlan)
-
-
-@frozen(kw_only=True)
-class Checkpoint:
-    """What was identified: the parts that claim it, and all that is known without reading weights."""
-
-    snapshot: Snapshot
-    catalog: Catalog
-    facts: ModelFacts
-    scheme: str  # how its 2-D weights are stored
-    parts: Mapping[str, Identified]
-    eos_ids: tuple[int, ...]
-    notes: tuple[str, ...]
-
-
-@frozen(kw_only=True)
-class Decision:
-    """What was settled for one device."""
-
-    situation: Situation
-    negotiated: Negotiated
-    ledger: Ledger
-    notes: tuple[str, ...]
 
 
 def make_plan(
@@ -89,15 +64,15 @@ def make_plan(
         RequestError, CheckpointError, PlanError, PluginError, LoadError (the tensors do not fill the model).
     """
     text = check_reference(reference)
-    # `disable` counts before any plugin is asked, so it is read before the checkpoint's folder is known for certain.
-    if registry is None:
-        early = read_request(request, config, checkpoint=possible_folder(text))
-        registry = current(disable=early.disable)
+    # `disable` and `variant` count before any plugin is asked, so they are read before the checkpoint's folder is known.
+    early = read_request(request, config, checkpoint=possible_folder(text))
+    registry = current(disable=early.disable) if registry is None else registry
     environment = environment or read_environment()
-    source, snapshot = resolve(text, registry)
+    source, snapshot = resolve(text, registry, early.variant)
     wanted = read_request(request, config, checkpoint=snapshot.root)
+    snapshot = evolve(snapshot, variant=wanted.variant)
     checkpoint = examine(source, snapshot, registry)
-    decision = settle(checkpoint, wanted, environment, registry)
+    decision = settle(Desk(checkpoint=checkpoint, request=wanted, environment=environment, registry=registry))
     if checkpoint.scheme != PLAIN:  # first whether anything reads them, then whether they are all there
         match(checkpoint.facts, checkpoint.catalog, snapshot.root)
     at = decision.situation
@@ -116,7 +91,7 @@ def make_plan(
         context=at.context,
         batch=at.batch,
         origins=at.origins,
-        device_map={"": at.device},
+        device_map=decision.device_map,
         ledger=decision.ledger,
         eos_ids=checkpoint.eos_ids,
         notes=(*wanted.notes, *checkpoint.notes, *decision.notes, *_plugin_notes(registry)),
@@ -143,14 +118,14 @@ def examine(source: Identified, snapshot: Snapshot, registry: Registry) -> Check
     )
 
 
-def settle(checkpoint: Checkpoint, request: Request, environment: Environment, registry: Registry) -> Decision:
-    """place → negotiate → ledger, for the first device on which all of it works."""
-    placements = place(request, environment)
-    notes: list[str] = []
+def settle(desk: Desk) -> Decision:
+    """The decision for the first device to run on with which all of it works."""
+    placements = place(desk.request, desk.environment)
+    notes = notes_on_limits(desk.request, desk.environment)
     for placement in placements:
-        situation = make_situation(checkpoint, request, environment, placement.device, placement.why)
+        situation = make_situation(desk.checkpoint, desk.request, desk.environment, placement.device, placement.why)
         try:
-            decision = decide(situation, checkpoint, request, environment, registry)
+            decision = decide(situation, placement, desk)
         except PlanError as error:
             if placement is placements[-1]:
                 raise _with_notes(error, notes) from error
@@ -165,17 +140,6 @@ def _with_notes(error: PlanError, notes: list[str]) -> PlanError:
     reason = "\n".join([error.reason, *notes])
     where = {"path": error.path, "locus": error.locus, "hint": error.hint}
     return type(error)(error.code, reason, refused=error.refused, **where)
-
-
-def decide(
-    situation: Situation, checkpoint: Checkpoint, request: Request, environment: Environment, registry: Registry
-) -> Decision:
-    """The parts for one device, and the bytes they need there."""
-    negotiated = negotiate(situation, checkpoint.parts, request, registry)
-    account = open_account(situation, checkpoint, negotiated)
-    others = _cheaper(situation, checkpoint, request, registry)
-    ledger, notes = require_fit(account, situation.context, situation.batch, request, environment, others)
-    return Decision(situation=situation, negotiated=negotiated, ledger=ledger, notes=(*negotiated.notes, *notes))
 
 
 def make_situation(checkpoint: Checkpoint, request: Request, environment: Environment, device: str, why_device: str) -> Situation:
@@ -213,48 +177,6 @@ def _context(facts: ModelFacts, request: Request) -> tuple[int, str]:
     if request.context > facts.context_length:
         why += f", which is beyond the {facts.context_length:,} the config was made for"
     return request.context, why
-
-
-def open_account(situation: Situation, checkpoint: Checkpoint, negotiated: Negotiated) -> Account:
-    """What the ledger is drawn up from. Raises `PluginError` (PL-CONTRACT) when a planner cannot say its bytes."""
-    quantizer, cache = negotiated.choices["quantizers"], negotiated.choices["caches"]
-    try:
-        weights = weigh(
-            checkpoint.facts,
-            checkpoint.catalog,
-            quantizer.registered.planner(),
-            quantizer.options,
-            situation.dtype,
-            situation.device,
-        )
-        account = Account(
-            device=situation.device,
-            dtype=situation.dtype,
-            facts=checkpoint.facts,
-            weights=weights,
-            cache=cache.registered.planner(),
-            cache_options=cache.options,
-        )
-        account.cache_bytes(situation.context, situation.batch)
-    except (ModelrigError, MemoryError):
-        raise
-    except Exception as error:
-        text = f"{quantizer.id} or {cache.id} failed to count its bytes: {cause(error)}"
-        raise PluginError("PL-CONTRACT", text) from error
-    return account
-
-
-def _cheaper(situation: Situation, checkpoint: Checkpoint, request: Request, registry: Registry) -> Iterator[tuple[str, Account]]:
-    """The same request in dtypes that might take less: as stored, then in 16 bits."""
-    stored = {entry.dtype for entry in checkpoint.catalog.entries.values()}
-    for dtype in sorted(FLOATING, key=lambda name: (name not in stored, FLOATING.index(name))):
-        if dtype == situation.dtype or not (dtype in stored or dtype == "bfloat16"):
-            continue
-        other = evolve(situation, dtype=dtype)
-        try:
-            yield f"dtype={dtype!r}", open_account(other, checkpoint, negotiate(other, checkpoint.parts, request, registry))
-        except ModelrigError:
-            continue
 
 
 def _identified_choices(checkpoint: Checkpoint) -> dict[str, Choice]:

@@ -28,7 +28,7 @@ from attrs import field, frozen
 
 from modelrig.errors import PlanError, RequestError, quoted
 from modelrig.planning import values
-from modelrig.planning.placement_maps import coarse, read_map
+from modelrig.planning.placement_maps import coarse, find, read_map
 from modelrig.planning.spreading import Spread, spread_units
 from modelrig.planning.units import CPU, DISK, SLOTS, Device, Weight, is_gpu, join, owners_of, streamed_bytes, units_of
 
@@ -57,6 +57,14 @@ class Placed:
     def slots(self) -> int:
         """Bytes that streaming takes on `main`."""
         return SLOTS * self.slot
+
+    def device_of(self, module: str) -> str:
+        """Where `module` is, if it is in one place."""
+        key = find(self.device_map, module)
+        if key is None:  # divided, or without weights
+            inside = (device for name, device in self.where.items() if name.startswith(f"{module}."))
+            return next(inside, self.main)
+        return self.device_map[key]
 
     @property
     def streamed(self) -> tuple[str, ...]:
@@ -109,7 +117,7 @@ def placement_of_module(
         shown = ", ".join(quoted(device) for device in absent)
         raise PlanError("PN-DEVICE", f"not there: {shown}; there is {', '.join(sorted(there))}", locus="device_map")
     where = read_map(given, weights, no_split, modules)
-    return _placed(where, weights, no_split, main_of(where.values()))
+    return placed_by(where, weights, no_split, main_of(where.values()))
 
 
 def spread(
@@ -125,7 +133,7 @@ def spread(
     found: Spread = spread_units(units, devices, strategy)
     chosen = {name: device for unit, device in zip(units, found.devices, strict=True) for name in unit.weights}
     where = {weight.name: chosen[weight.name] for weight in weights}
-    return _placed(where, weights, blocks, found.main)
+    return placed_by(where, weights, blocks, found.main)
 
 
 def main_of(devices: Iterable[str]) -> str:
@@ -133,7 +141,8 @@ def main_of(devices: Iterable[str]) -> str:
     return next((device for device in devices if is_gpu(device)), CPU)
 
 
-def _placed(where: Mapping[str, str], weights: Sequence[Weight], blocks: Collection[str], main: str) -> Placed:
+def placed_by(where: Mapping[str, str], weights: Sequence[Weight], blocks: Collection[str], main: str) -> Placed:
+    """What follows from each weight's device."""
     totals: dict[str, int] = {}
     seen: set[str] = set()
     for weight in weights:

@@ -60,6 +60,13 @@ def usable_gpus(request: Request, environment: Environment) -> tuple[Gpu, ...]:
     return tuple(gpu for gpu in gpus if (named.get(gpu.device) if named else True))
 
 
+def notes_on_limits(request: Request, environment: Environment) -> list[str]:
+    """Devices that `max_memory` names and that are not there. Configs are carried from machine to machine, so it is no error."""
+    there = {gpu.device for gpu in environment.gpus} if environment.torch_cuda else set()
+    absent = [device for device in request.max_memory if device and is_gpu(device) and device not in there]
+    return [f"max_memory ({request.origin('max_memory')}) names {device}, which is not there" for device in absent]
+
+
 def tiers(request: Request, environment: Environment, *, gpus: bool = True) -> tuple[Device, ...]:
     """Where weights may be, the fastest first: GPUs, the CPU, the disk; each with its tightest limit."""
     names = [gpu.device for gpu in usable_gpus(request, environment)] if gpus else []

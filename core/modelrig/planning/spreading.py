@@ -270,7 +270,7 @@ def _raise_nothing_fits(task: Task) -> NoReturn:
     else:
         why = f"there is not enough room outside of {main.name}"
     raise ResourceLimitError(
-        "RL-MEM", f"the weights ({human(total)}) cannot be spread over the devices: {why}. {places}", locus="device_map"
+        "RL-MEM", f"no placement of {human(total)} of weights keeps every limit: {why}. {places}", locus="device_map"
     )
 
 

@@ -34,11 +34,13 @@ SIZE_UNITS = {
     "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
 }  # fmt: skip
 _SIZE = re.compile(r"\s*([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*([a-zA-Z]{0,3})\s*", re.ASCII)
+_VARIANT = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)
 _DEVICE = re.compile(r"cpu|disk|cuda(?::[0-9]{1,4})?", re.ASCII)
 _NUMBER = re.compile(r"[0-9]{1,4}", re.ASCII)
 #: how a model may be spread over devices
 STRATEGIES = (AUTO, "balanced", "balanced_low_0", "sequential")
-LISTED = 20  # problems of one value that a message spells out
+DEVICES = "'cpu', 'disk', 'cuda', 'cuda:<number>' or a GPU's number"
+LISTED, MAX_LISTED = 20, 400  # problems of one value that a message spells out, and characters for them
 
 
 @frozen
@@ -164,7 +166,7 @@ def device(value: Any, besides: Sequence[str] = ()) -> str:
     guess = nearest(text, ("cpu", "disk", "cuda", *besides)) if isinstance(text, str) else ""
     offered = "".join(f"{name!r}, " for name in besides)
     what = " or a map of modules to devices" if besides else ""
-    raise ValueError(f"{quoted(value)}; {offered}'cpu', 'disk', 'cuda', 'cuda:<number>', a GPU's number{what} is accepted{guess}")
+    raise ValueError(f"{quoted(value)}; {offered}{DEVICES}{what} is accepted{guess}")
 
 
 def numbered(device: str) -> str:
@@ -173,20 +175,21 @@ def numbered(device: str) -> str:
 
 
 def _map_of_modules(value: Mapping[Any, Any]) -> str | Mapping[str, str]:
-    found, problems = {}, []
+    if not value:
+        raise ValueError("an empty map; every parameter needs a device")
+    found, wrong = {}, []
     for name, where in value.items():
-        if not isinstance(name, str):
-            problems.append(f"{quoted(name)} is no name of a module")
-            continue
         try:
             found[name] = device(where)
-        except ValueError as error:
-            problems.append(f"{quoted(name)}: {error}")
-    if not value:
-        problems.append("an empty map; every parameter needs a device")
-    if problems:
-        more = f"; and {len(problems) - LISTED:,} more" if len(problems) > LISTED else ""
-        raise ValueError("; ".join(problems[:LISTED]) + more)
+        except ValueError:
+            wrong.append(f"{quoted(where)} for {quoted(name)}")
+        if not isinstance(name, str):
+            wrong.append(f"the name {quoted(name)}")
+    if wrong:
+        text = ", ".join(wrong[:LISTED])
+        text = text if len(text) <= MAX_LISTED else text[:MAX_LISTED] + "…"
+        more = f" and {len(wrong) - LISTED:,} more" if len(wrong) > LISTED else ""
+        raise ValueError(f"{text}{more}; for the name of a module or parameter, {DEVICES} is accepted")
     return found[""] if list(found) == [""] else {name: numbered(where) for name, where in found.items()}
 
 
@@ -215,6 +218,14 @@ def size(value: Any) -> int:
         if bytes_:
             return bytes_
     raise ValueError(f"{quoted(value)}; a number of bytes such as 8000000000, '8GB' or '7.5GiB' is accepted")
+
+
+def variant(value: Any) -> str:
+    """The mark of a set of tensor files: `"fp16"` for model.fp16.safetensors."""
+    text = str(value) if isinstance(value, int) and not isinstance(value, bool) else value  # as text, 8 is a number
+    if isinstance(text, str) and _VARIANT.fullmatch(text):
+        return text
+    raise ValueError(f"{quoted(value)}; a short name such as 'fp16', of letters, digits, - and _, is accepted")
 
 
 def names(value: Any) -> tuple[str, ...]:
