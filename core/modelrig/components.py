@@ -284,7 +284,8 @@ class Snapshot:
 
 
 class SourcePlanner(Protocol):
-    """A source with a closed list of models may also offer `names()`, their references, for "did you mean"."""
+    """A source with a closed list of models may also offer `names()`, their references, for "did you mean"; one that fetches
+    may offer `resolve_variant(reference, variant)`, called instead of `resolve` where a variant is asked for."""
 
     def claims(self, reference: str) -> str | None:
         """Why this source recognises `reference`, or None. Touches no network."""
@@ -345,8 +346,8 @@ class Catalog:
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of all tensors, headers not counted."""
-        return sum(entry.nbytes for entry in self.entries.values())
+        """Bytes of all tensors, headers not counted, ties once."""
+        return sum({(entry.file, entry.offset): entry.nbytes for entry in self.entries.values() if entry.nbytes}.values())
 
 
 @frozen

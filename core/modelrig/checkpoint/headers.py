@@ -122,11 +122,18 @@ def _read_text(descriptor: int, size: int, path: Path) -> bytes:
     return data
 
 
-def _refuse_foreign(head: bytes, path: Path) -> None:
+def looks_like(head: bytes) -> tuple[str, str | None] | None:
+    """What a file that begins with `head` seems to be, if it is none of those that hold tensors here, and what to do about it."""
     for beginning, kind, hint in _LOOKS_LIKE:
         # One letter may also be the lowest byte of a length; the upper bytes of a length are 0, those of a text are not.
         if head.startswith(beginning) and (len(beginning) > 1 or 0 not in head[:8]):
-            raise FormatError("ST-MAGIC", f"not a safetensors file; it looks like {kind}", path=path, hint=hint)
+            return kind, hint
+    return None
+
+
+def _refuse_foreign(head: bytes, path: Path) -> None:
+    if found := looks_like(head):
+        raise FormatError("ST-MAGIC", f"not a safetensors file; it looks like {found[0]}", path=path, hint=found[1])
 
 
 def _parse_text(data: bytes, path: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Iterable
 
 from attrs import frozen
 
@@ -28,8 +29,33 @@ class FileNames:
 
     def is_weight_file(self, name: str) -> bool:
         """Whether `name` is one of these, of any variant and number: what a save of this format may have written."""
-        mark, stem, suffix = r"(\.[^./]+)?", re.escape(self.stem), re.escape(self.suffix)
-        return re.fullmatch(rf"{stem}{mark}(-\d{{5,}}-of-\d{{5,}})?{suffix}|{stem}{suffix}\.index{mark}\.json", name) is not None
+        return self._match(name) is not None
+
+    def first(self, names: Collection[str], variant: str | None = None) -> str | None:
+        """Where a folder with these files is read from: the single file, else the index, else the only file of this format.
+
+        The single file goes before the index, as in transformers: a save that got by without shards leaves an older index behind.
+        A file that is marked as a variant is taken only where that variant is asked for.
+        """
+        for name in (self.single(variant), self.index(variant)):
+            if name in names:
+                return name
+        others = [name for name in names if name.endswith(self.suffix) and name != self.suffix and self._variant(name) is None]
+        return others[0] if variant is None and len(others) == 1 else None
+
+    def variants(self, names: Iterable[str]) -> list[str]:
+        """The marks of the variants among these files, sorted."""
+        return sorted({mark for mark in map(self._variant, names) if mark is not None})
+
+    def _variant(self, name: str) -> str | None:
+        found = self._match(name)
+        mark = found and (found["mark"] or found["index_mark"])
+        return mark[1:] if mark else None
+
+    def _match(self, name: str) -> re.Match[str] | None:
+        mark, stem, suffix = r"\.[^./]+", re.escape(self.stem), re.escape(self.suffix)
+        single = rf"{stem}(?P<mark>{mark})?(-\d{{5,}}-of-\d{{5,}})?{suffix}"
+        return re.fullmatch(rf"{single}|{stem}{suffix}\.index(?P<index_mark>{mark})?\.json", name)
 
 
 def _mark(variant: str | None) -> str:

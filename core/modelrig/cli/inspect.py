@@ -17,11 +17,12 @@ SHOWN_KEYS, SHOWN_CHARACTERS = 200, 200  # of config.json
 
 @click.command("inspect")
 @click.argument("model")
+@click.option("--variant", metavar="NAME", help="which set of tensor files: fp16 for model.fp16.safetensors")
 @click.option("--config", metavar="FILE", help="a TOML file instead of modelrig.toml in the working directory")
 @click.option("--json", "as_json", is_flag=True, help="print one JSON object")
-def command(model: str, config: str | None, as_json: bool) -> None:
+def command(model: str, variant: str | None, config: str | None, as_json: bool) -> None:
     """Show the files, tensors, dtypes and config of MODEL: a path, org/name[@rev], or tiny."""
-    found = inspect(model, config)
+    found = inspect(model, config, variant)
     if as_json:
         print_json(found)
         return
@@ -41,7 +42,7 @@ def command(model: str, config: str | None, as_json: bool) -> None:
         click.echo(printable(f"note: {note}"))
 
 
-def inspect(model: str, config: str | None = None) -> dict[str, Any]:
+def inspect(model: str, config: str | None = None, variant: str | None = None) -> dict[str, Any]:
     """The checkpoint as plain data. No architecture has to know it; one that does adds what it read from the config."""
     from modelrig.errors import CheckpointError, ModelrigError
     from modelrig.planning.identify import (
@@ -58,8 +59,9 @@ def inspect(model: str, config: str | None = None) -> dict[str, Any]:
     from modelrig.registry import current
 
     reference = check_reference(model)
-    registry = current(disable=read_request({}, config, checkpoint=possible_folder(reference)).disable)
-    _, snapshot = resolve(reference, registry)
+    request = read_request({} if variant is None else {"variant": variant}, config, checkpoint=possible_folder(reference))
+    registry = current(disable=request.disable)
+    _, snapshot = resolve(reference, registry, request.variant)
     _, found = catalog(snapshot, registry)
     notes, raw = list(found.notes), {}
     try:

@@ -24,6 +24,7 @@ FLAGS: dict[str, tuple[str, str]] = {
     "dtype": ("DTYPE", "auto, float32, bfloat16, float16, float64"),
     "context": ("TOKENS", "the longest sequence to plan for; auto is the smaller of the model's and 4096"),
     "batch": ("COUNT", "sequences at once"),
+    "variant": ("NAME", "which set of tensor files: fp16 for model.fp16.safetensors"),
     "max_memory": ("SIZE", """bytes the plan may take, such as 8GB or 7.5GiB, or '{"cuda:0" = "20GB", cpu = "60GB"}'"""),
 }
 

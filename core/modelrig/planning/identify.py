@@ -11,13 +11,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from attrs import frozen
+from attrs import evolve, frozen
 
-from modelrig.checkpoint.catalog import list_tensor_files
+from modelrig.checkpoint.catalog import file_names, list_tensor_files
 from modelrig.checkpoint.config import ConfigReader
+from modelrig.checkpoint.layout import FileNames
 from modelrig.checkpoint.paths import inside, optional
 from modelrig.checkpoint.strict_json import load_json
-from modelrig.components import Architecture, Catalog, ModelFacts, Snapshot
+from modelrig.components import Architecture, Catalog, Format, ModelFacts, Snapshot
 from modelrig.errors import CodeRefused, ConfigError, ModelrigError, PluginError, RequestError, SourceError, nearest, quoted
 from modelrig.registry import Registered, Registry
 from modelrig.registry.ledger import cause
@@ -38,8 +39,8 @@ class Identified:
 # ------------------------------------------------------------------------------------------------ resolve
 
 
-def resolve(reference: str, registry: Registry) -> tuple[Identified, Snapshot]:
-    """The source that recognises `reference`, and where the checkpoint lies.
+def resolve(reference: str, registry: Registry, variant: str | None = None) -> tuple[Identified, Snapshot]:
+    """The source that recognises `reference`, and where the checkpoint lies. A source that fetches is told the variant.
 
     Raises:
         SourceError: SR-UNKNOWN, SR-CLAIMS, or what the source raises.
@@ -56,7 +57,11 @@ def resolve(reference: str, registry: Registry) -> tuple[Identified, Snapshot]:
             hint=f"sources take {tried}" if tried else "no source is installed; modelrig plugins lists what is",
         )
     chosen = _only(claims, f"the reference {quoted(reference)}")
-    return chosen, _ask(chosen.registered, "resolve", reference)
+    if variant is not None and hasattr(chosen.registered.planner(), "resolve_variant"):
+        snapshot = _ask(chosen.registered, "resolve_variant", reference, variant)
+    else:
+        snapshot = _ask(chosen.registered, "resolve", reference)
+    return chosen, evolve(snapshot, variant=variant)
 
 
 def _offered(registry: Registry) -> list[str]:
@@ -82,14 +87,18 @@ def _neighbours(reference: str) -> list[str]:
 # ------------------------------------------------------------------------------------------------ catalog
 
 
-def catalog(snapshot: Snapshot, registry: Registry) -> tuple[Identified, Catalog]:
+def catalog(snapshot: Snapshot, registry: Registry, *, prefer_yielding: bool = False) -> tuple[Identified, Catalog]:
     """The format that reads the folder, and every tensor it holds.
+
+    Of several formats that claim it, those that yield to another are left out, and noted; with `prefer_yielding`, those that
+    another yields to.
 
     Raises:
         SourceError: SR-FORMAT, naming the tensor files that are there; SR-CLAIMS.
     """
     claims, silent = _claims("formats", snapshot, registry)
     if not claims:
+        _refuse_variant(snapshot, registry)
         names = list_tensor_files(snapshot)
         there = ", ".join(quoted(name) for name in names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
         known = ", ".join(one.name for one in registry.components("formats") if one.state == "active") or "none"
@@ -99,8 +108,50 @@ def catalog(snapshot: Snapshot, registry: Registry) -> tuple[Identified, Catalog
             else "the folder holds no tensor files"
         )
         raise SourceError("SR-FORMAT", what + _said(silent), path=snapshot.root)
-    chosen = _only(claims, f"the folder {snapshot.root}")
-    return chosen, _ask(chosen.registered, "catalog", snapshot)
+    staying = _settled(claims, prefer_yielding)
+    chosen = _only(staying, f"the folder {snapshot.root}")
+    found: Catalog = _ask(chosen.registered, "catalog", snapshot)
+    notes = [
+        f"{claim.why} is not used: {claim.registered.name} yields to {chosen.registered.name}"
+        if not prefer_yielding
+        else f"{claim.why} is not used: {chosen.registered.name} was asked for"
+        for claim in claims
+        if claim is not chosen
+    ]
+    return chosen, evolve(found, notes=(*found.notes, *notes)) if notes else found
+
+
+def _settled(claims: list[Identified], prefer_yielding: bool) -> list[Identified]:
+    """Those that do not yield to another of them, or those that none of them yields to; all, where that leaves none."""
+
+    def yields(one: Identified, other: Identified) -> bool:
+        descriptor = one.registered.descriptor
+        return isinstance(descriptor, Format) and other.registered.name in descriptor.yields_to
+
+    staying = [
+        one
+        for one in claims
+        if not any(other is not one and (yields(other, one) if prefer_yielding else yields(one, other)) for other in claims)
+    ]
+    return staying or claims
+
+
+def _refuse_variant(snapshot: Snapshot, registry: Registry) -> None:
+    """Raise SR-FORMAT where tensor files are there, but only of other variants than the one asked for."""
+    names = file_names(snapshot)
+    named = [getattr(one.planner(), "files", None) for one in registry.components("formats") if one.state == "active"]
+    files = [one for one in named if isinstance(one, FileNames)]
+    there = sorted({mark for one in files for mark in one.variants(names)})
+    if snapshot.variant is not None:
+        has_plain = any(one.first(names) for one in files)
+        beside = ", and files without a mark" if has_plain else ""
+        what = f"no tensor files of the variant {snapshot.variant!r}; variants there: {', '.join(there) or 'none'}{beside}"
+        hint = f"ask for another{nearest(snapshot.variant, there)}" if there else "ask for no variant" if has_plain else None
+        raise SourceError("SR-FORMAT", what, path=snapshot.root, hint=hint)
+    if there:
+        what = f"all tensor files there are of a variant: {', '.join(there)}"
+        hint = f"ask for one: variant={there[0]!r}, on the command line --variant {there[0]}"
+        raise SourceError("SR-FORMAT", what, path=snapshot.root, hint=hint)
 
 
 # ------------------------------------------------------------------------------------------------ describe

@@ -54,6 +54,7 @@ PARSERS: dict[str, Callable[[Any], Any]] = {
     "context": values.context,
     "batch": values.batch,
     "max_memory": values.max_memory,
+    "variant": values.variant,
     "prefer": values.names,
     "disable": values.names,
     "set": values.options_of_slots(tuple(SLOTS)),
@@ -75,6 +76,7 @@ class Request:
     context: int | str = AUTO
     batch: int = 1
     max_memory: Mapping[str, int] = Factory(dict)
+    variant: str | None = None
     prefer: tuple[str, ...] = ()
     disable: tuple[str, ...] = ()
     origins: Mapping[str, str] = Factory(dict)

@@ -16,4 +16,12 @@ def modelrig_formats() -> list[Format]:
             implementation="modelrig_plugins.formats.safetensors_module:SafetensorsReader",
             rank=10,
         ),
+        Format(
+            name="pytorch_bin",
+            summary="the .bin files of torch.save, one or sharded with an index; read without running the pickle in them",
+            planner="modelrig_plugins.formats.pytorch_bin:PytorchBinPlanner",
+            implementation="modelrig_plugins.formats.pytorch_bin_module:PytorchBinReader",
+            yields_to={"safetensors"},
+            rank=20,
+        ),
     ]

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from modelrig.checkpoint.catalog import TENSOR_SUFFIXES
 from modelrig.checkpoint.index import read_index
+from modelrig.checkpoint.layout import FileNames
 from modelrig.checkpoint.paths import name_problem
 from modelrig.components import Snapshot
 from modelrig.errors import CheckpointError, SourceError, quoted
-from modelrig_plugins.formats.safetensors import INDEX, SUFFIX, first_file
+from modelrig_plugins.formats import pytorch_bin, safetensors
 from modelrig_plugins.sources import hub_remote
 from modelrig_plugins.sources.local import blobs_of, existing_path
 
@@ -48,7 +50,12 @@ class HubPlanner:
 
     @staticmethod
     def resolve(reference: str) -> Snapshot:
-        """Configs in the hub's cache, tensor files there too or their headers beside.
+        """`resolve_variant` for the files without such a mark."""
+        return HubPlanner.resolve_variant(reference, None)
+
+    @staticmethod
+    def resolve_variant(reference: str, variant: str | None) -> Snapshot:
+        """Configs in the hub's cache, tensor files of the variant there too or their headers beside.
 
         Raises:
             SourceError: SR-FETCH: no such repository or revision, gated, offline and not cached, not reachable.
@@ -61,13 +68,13 @@ class HubPlanner:
             raise SourceError("SR-UNKNOWN", f"{quoted(reference)} is not written as org/name or org/name@revision")
         repository, revision = parts
         cached = _cached_folder(repository, revision)
-        missing = None if cached is None else missing_files(cached)
+        missing = None if cached is None else missing_files(cached, variant)
         if cached is not None and not missing and (is_offline_mode() or _is_settled(cached, revision)):
             return _snapshot(reference, cached)
         if is_offline_mode():
             raise _not_cached(reference, cached, missing or [])
         try:
-            return _resolve_online(reference, repository, revision)
+            return _resolve_online(reference, repository, revision, variant)
         except SourceError as error:
             if cached is None or missing or isinstance(error.__cause__, RevisionNotFoundError):
                 raise
@@ -75,16 +82,35 @@ class HubPlanner:
             return _snapshot(reference, cached)
 
 
-def missing_files(folder: Path) -> list[str]:
+def choose(names: Iterable[str], variant: str | None) -> tuple[FileNames, str] | None:
+    """The format that has the claim on a folder with these files, and the one it would start from."""
+    names = list(names)
+    for files, first_file in ((safetensors.FILES, safetensors.first_file), (pytorch_bin.FILES, pytorch_bin.first_file)):
+        first = first_file(names, variant)
+        if first is not None:
+            return files, first
+    return None
+
+
+def _variants(names: Iterable[str]) -> list[str]:
+    names = list(names)
+    return sorted({*safetensors.FILES.variants(names), *pytorch_bin.FILES.variants(names)})
+
+
+def missing_files(folder: Path, variant: str | None = None) -> list[str]:
     """Names of the files without which the checkpoint in `folder` cannot be loaded."""
     names = {path.name for path in folder.iterdir() if path.exists()}
     needed = [] if "config.json" in names else ["config.json"]
-    first = first_file(names)
-    if first is None:
-        return needed if any(name.endswith(TENSOR_SUFFIXES) for name in names) else [*needed, "tensor files"]
-    if first == INDEX:
+    chosen = choose(names, variant)
+    if chosen is None:
+        if variant is not None:
+            return [*needed, f"tensor files of the variant {variant}"]
+        is_plain = not _variants(names) and any(name.endswith(TENSOR_SUFFIXES) for name in names)
+        return needed if is_plain else [*needed, "tensor files"]
+    files, first = chosen
+    if first == files.index(variant):
         try:
-            shards = read_index(folder / INDEX, suffix=SUFFIX).shards
+            shards = read_index(folder / first, suffix=files.suffix).shards
         except CheckpointError:
             return needed  # there is nothing more to fetch; the catalog says what is wrong with it
         needed.extend(shard for shard in shards if shard not in names)
@@ -101,7 +127,8 @@ def _cached_folder(repository: str, revision: str) -> Path | None:
 
     with hub_remote.explained(repository, revision):
         found = (
-            try_to_load_from_cache(repository, name, revision=revision) for name in ("config.json", INDEX, "model.safetensors")
+            try_to_load_from_cache(repository, name, revision=revision)
+            for name in ("config.json", safetensors.FILES.index(), safetensors.FILES.single())
         )
         return next((Path(path).parent for path in found if isinstance(path, str)), None)
 
@@ -118,7 +145,7 @@ def _not_cached(reference: str, cached: Path | None, missing: list[str]) -> Sour
     return SourceError("SR-FETCH", f"{reference} is {state}, and the hub is offline", path=cached, hint=hint)
 
 
-def _resolve_online(reference: str, repository: str, revision: str) -> Snapshot:
+def _resolve_online(reference: str, repository: str, revision: str, variant: str | None) -> Snapshot:
     from huggingface_hub import HfApi, hf_hub_download
 
     with hub_remote.explained(repository, revision), ThreadPoolExecutor(hub_remote.CONNECTIONS) as pool:
@@ -138,7 +165,7 @@ def _resolve_online(reference: str, repository: str, revision: str) -> Snapshot:
             download(small[0], revision)  # by its name, so that the cache knows later, offline, which commit the name meant
         paths = dict(zip(small, pool.map(download, small), strict=True))
         folder = next(path.parent for name, path in paths.items() if "/" not in name)
-        tensors = _tensor_files(repository, folder, files)
+        tensors = _tensor_files(repository, folder, files, variant)
         if all((folder / name).exists() for name in tensors):
             return _snapshot(reference, folder)
         headers = dict(pool.map(lambda name: (name, hub_remote.fetch_header(repository, commit, name)), tensors))
@@ -154,18 +181,24 @@ def _is_small(name: str, size: int) -> bool:
     return name_problem(name) is None and (name.endswith(SMALL_SUFFIXES) or name in SMALL_NAMES)
 
 
-def _tensor_files(repository: str, folder: Path, files: dict[str, int]) -> list[str]:
+def _tensor_files(repository: str, folder: Path, files: dict[str, int], variant: str | None) -> list[str]:
     """Names of the repository's files that hold the checkpoint's tensors, as the format would choose them."""
     names = [name for name in files if name_problem(name) is None]
-    first = first_file(names)
-    if first == INDEX:
-        return [shard for shard in read_index(folder / INDEX, suffix=SUFFIX).shards if shard in files]
-    if first is not None:
-        return [first]
-    others = [name for name in names if name.endswith(TENSOR_SUFFIXES)]
-    if others and all((folder / name).exists() for name in others):
-        return others
+    needed = others = [name for name in names if name.endswith(TENSOR_SUFFIXES)]
+    chosen = choose(names, variant)
+    if chosen is not None:
+        format_, first = chosen
+        is_index = first == format_.index(variant)
+        needed = [first]
+        if is_index:
+            needed = [shard for shard in read_index(folder / first, suffix=format_.suffix).shards if shard in files]
+        if format_ == safetensors.FILES:
+            return needed
+    if needed and (chosen is not None or variant is None) and all((folder / name).exists() for name in needed):
+        return needed
     there = ", ".join(others[:10]) or "none"
     hint = f"`hf download {repository}` fetches all of it; then a format that reads those files can plan" if others else None
-    reason = f"{repository} has no safetensors file to plan from; tensor files there: {there}"
-    raise SourceError("SR-FETCH", reason, hint=hint)
+    if chosen is None and (variants := [mark for mark in _variants(names) if mark != variant]):
+        hint = f"ask for a variant that is there: {', '.join(variants)}"
+    what = "no safetensors file" if variant is None else f"no safetensors file of the variant {variant!r}"
+    raise SourceError("SR-FETCH", f"{repository} has {what} to plan from; tensor files there: {there}", hint=hint)

@@ -11,10 +11,11 @@ from safetensors.torch import save_file
 
 from modelrig.components import DTYPE_BITS, Snapshot, TensorEntry
 from modelrig.errors import FormatError, LoadError
-from modelrig_plugins.formats.safetensors import INDEX, SINGLE, SafetensorsPlanner, first_file
+from modelrig_plugins.formats.safetensors import FILES, SafetensorsPlanner, first_file
 from modelrig_plugins.formats.safetensors_module import SafetensorsReader
 from tensorfiles import write_sharded, write_valid
 
+SINGLE, INDEX = FILES.single(), FILES.index()
 DTYPES = sorted(name for name in DTYPE_BITS if isinstance(getattr(torch, name, None), torch.dtype) and DTYPE_BITS[name] >= 8)
 
 tensor_names = st.text(st.characters(exclude_categories=["Cs"]), max_size=5)
@@ -42,7 +43,8 @@ def read_all(folder):
         ([SINGLE], SINGLE),
         ([INDEX, "model-00001-of-00001.safetensors"], INDEX),
         ([SINGLE, INDEX], SINGLE),
-        (["model.fp16.safetensors", "config.json"], "model.fp16.safetensors"),
+        (["model.fp16.safetensors", "config.json"], None),
+        (["model.fp16.safetensors", "other.safetensors"], "other.safetensors"),
         (["a.safetensors", "b.safetensors"], None),
         (["a.safetensors", "b.safetensors", INDEX], INDEX),
         (["pytorch_model.bin", "model.gguf"], None),
