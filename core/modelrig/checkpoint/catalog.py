@@ -12,7 +12,7 @@ from typing import Protocol
 
 from modelrig.checkpoint.headers import Header
 from modelrig.checkpoint.index import ShardIndex, read_index
-from modelrig.checkpoint.paths import inside
+from modelrig.checkpoint.paths import inside, is_pending
 from modelrig.components import Catalog, Snapshot, TensorEntry, TensorFile
 from modelrig.errors import FileError, IndexFileError, quoted
 
@@ -34,7 +34,7 @@ def file_names(snapshot: Snapshot) -> list[str]:
     """Names of the files of the snapshot's folder, sorted, with those that are not fetched yet. Folders are left out."""
     try:
         with os.scandir(snapshot.root) as found:
-            names = {entry.name for entry in found if not _is_folder(entry)}
+            names = {entry.name for entry in found if not _is_folder(entry) and not (entry.is_symlink() and is_pending(entry.path))}
     except OSError as error:
         raise FileError("IO-READ", f"the folder cannot be read: {error.strerror}", path=snapshot.root) from error
     return sorted(names | set(snapshot.headers))
@@ -152,7 +152,7 @@ def _report(
     series = {found[1] for shard in index.shards if (found := _SERIES.search(shard))}
     if len(series) > 1:
         yield f"shards of different series ({', '.join(f'of-{end}' for end in sorted(series))}): a save that was interrupted?"
-    total = sum(entry.nbytes for entry in entries.values())
+    total = sum({(entry.file, entry.offset): entry.nbytes for entry in entries.values() if entry.nbytes}.values())  # ties once
     if (claimed := index.metadata.get("total_size", total)) != total:
         yield f"the index says total_size {quoted(claimed)}, its tensors have {total} bytes"
 

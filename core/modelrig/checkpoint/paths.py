@@ -9,6 +9,9 @@ from pathlib import Path
 from modelrig.components import Snapshot
 from modelrig.errors import FileError
 
+#: while a save exchanges the files of a folder in place, this link in it points to the set that counts
+CURRENT = ".modelrig.current"
+
 _FORBIDDEN = re.compile(r'[\x00-\x1f\x7f/\\:*?"<>|]')
 _DEVICES = frozenset({"con", "prn", "aux", "nul", *(f"{port}{digit}" for port in ("com", "lpt") for digit in range(1, 10))})
 
@@ -49,4 +52,16 @@ def inside(snapshot: Snapshot, name: str) -> Path:
 def optional(snapshot: Snapshot, name: str) -> Path | None:
     """`inside`, or None if there is nothing of that name. A link that points to nothing is there: opening it says what is wrong."""
     path = inside(snapshot, name)
-    return path if os.path.lexists(path) else None
+    return path if os.path.lexists(path) and not is_pending(path) else None
+
+
+def is_pending(path: str | os.PathLike[str]) -> bool:
+    """Whether `path` is a name that a save in place has made for its own files, or kept of the old ones, while the others count.
+
+    It is a link through the pointer of such a save (`modelrig.checkpoint.saving.in_place`) to nothing, and stands for nothing.
+    """
+    try:
+        text = os.readlink(path)  # noqa: PTH115
+    except OSError:
+        return False
+    return text == f"{CURRENT}/{os.path.basename(path)}" and not os.path.exists(path)  # noqa: PTH110, PTH119 - called for each file

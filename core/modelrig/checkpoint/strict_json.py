@@ -16,6 +16,7 @@ from typing import Any
 from attrs import frozen
 
 from modelrig.checkpoint.files import open_regular, read_at
+from modelrig.checkpoint.paths import is_pending
 from modelrig.errors import CODES, CheckpointError, FileError, quoted
 
 MAX_BYTES = 16 << 20
@@ -197,7 +198,7 @@ def load_json(
         code = f"{prefix}-{kind}"
         return error(code if code in CODES else f"{prefix}-JSON", reason, path=path, locus=locus)
 
-    if prefix != "IX" and not path.exists() and not path.is_symlink():
+    if prefix != "IX" and not path.exists() and (is_pending(path) or not path.is_symlink()):
         raise refuse("MISSING", "the file does not exist")
     with open_regular(path) as (descriptor, status):
         if status.st_size > max_bytes:

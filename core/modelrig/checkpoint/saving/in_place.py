@@ -25,9 +25,10 @@ import stat
 from collections.abc import Iterable
 from pathlib import Path
 
+from modelrig.checkpoint.paths import CURRENT
 from modelrig.checkpoint.saving.exchange import Progress, skipper, tolerant_manifest
 from modelrig.checkpoint.saving.manifest import SavedFile
-from modelrig.checkpoint.saving.names import CURRENT, MANIFEST, stage_prefix
+from modelrig.checkpoint.saving.names import MANIFEST, stage_prefix
 from modelrig.checkpoint.saving.stage import Stage, find_stages, make_stage
 from modelrig.checkpoint.saving.tree import duplicate, remove, sync_folder
 from modelrig.checkpoint.saving.vfs import OperationError, Vfs

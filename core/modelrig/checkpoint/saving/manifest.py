@@ -10,7 +10,7 @@ from typing import Any
 
 from attrs import field, frozen
 
-from modelrig.checkpoint.paths import name_problem
+from modelrig.checkpoint.paths import is_pending, name_problem
 from modelrig.checkpoint.saving.names import MANIFEST
 from modelrig.checkpoint.strict_json import load_json
 from modelrig.errors import IntegrityError, quoted
@@ -61,7 +61,7 @@ def read_manifest(folder: Path) -> Manifest | None:
         FileError: not a regular readable file.
     """
     path = folder / MANIFEST
-    if not path.exists() and not path.is_symlink():
+    if not path.exists() and (is_pending(path) or not path.is_symlink()):
         return None
     table = load_json(path, error=IntegrityError, prefix="IT", max_bytes=MAX_BYTES)
     rows, ties = _typed(table, "files", dict, path), _typed(table, "ties", dict, path)

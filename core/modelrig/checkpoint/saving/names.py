@@ -16,9 +16,6 @@ MANIFEST = "modelrig.json"
 #: Hugging Face's names, in the order in which its readers look for them
 HUGGING_FACE = (FileNames("model", ".safetensors"), FileNames("pytorch_model", ".bin"))
 
-#: while the files of a folder are exchanged in place, this link in it points to the set that counts
-CURRENT = ".modelrig.current"
-
 _VARIANT = r"(?:\.([^./]+?))?"
 _MARK = r"(?:-[0-9a-f]{12})?"  # of shards that must not be called like any other
 _NUMBERS = r"(?:-\d{5,}-of-\d{5,})?"

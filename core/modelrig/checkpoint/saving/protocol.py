@@ -17,12 +17,12 @@ from pathlib import Path
 from attrs import frozen
 
 from modelrig.checkpoint.layout import FileNames
-from modelrig.checkpoint.paths import name_problem
+from modelrig.checkpoint.paths import CURRENT, name_problem
 from modelrig.checkpoint.saving.exchange import CannotExchange, Progress, save_by_exchange, sweep
 from modelrig.checkpoint.saving.in_place import save_in_place, sweep_inside
 from modelrig.checkpoint.saving.lock import locked
 from modelrig.checkpoint.saving.manifest import SavedFile
-from modelrig.checkpoint.saving.names import CURRENT, HUGGING_FACE, MANIFEST, lock_name, new_id, tensor_file_variant
+from modelrig.checkpoint.saving.names import HUGGING_FACE, MANIFEST, lock_name, new_id, tensor_file_variant
 from modelrig.checkpoint.saving.shards import shard_bytes
 from modelrig.checkpoint.saving.surroundings import locate, why_in_place
 from modelrig.checkpoint.saving.vfs import OperationError, Vfs

@@ -11,6 +11,7 @@ from pathlib import Path
 from attrs import frozen
 
 from modelrig.checkpoint.files import open_regular
+from modelrig.checkpoint.paths import is_pending
 from modelrig.checkpoint.saving.manifest import Manifest, read_manifest
 from modelrig.checkpoint.saving.names import HUGGING_FACE, MANIFEST, tensor_file_variant
 from modelrig.errors import FileError, IntegrityError
@@ -135,7 +136,7 @@ def _verify_blobs(folder: Path, progress: Callable[[int, int], None] | None) -> 
 
 def _names(folder: Path) -> list[str]:
     try:
-        return sorted(entry.name for entry in os.scandir(folder))
+        return sorted(entry.name for entry in os.scandir(folder) if not is_pending(entry.path))
     except OSError as error:
         raise FileError("IO-READ", f"the folder cannot be read: {error.strerror}", path=folder) from error
 
