@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from modelrig.loading.into_module import load_checkpoint
     from modelrig.model import Model, Plan, load, plan
     from modelrig.registry import plugins, register
+    from modelrig.saving.convert import convert
 
 __version__ = "0.1.0"
 
@@ -21,6 +22,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Model": "modelrig.model",
     "Plan": "modelrig.model",
+    "convert": "modelrig.saving.convert",
     "empty_weights": "modelrig.loading.empty",
     "load": "modelrig.model",
     "load_and_dispatch": "modelrig.loading.dispatch",
@@ -34,6 +36,7 @@ __all__ = [
     "Model",
     "Plan",
     "__version__",
+    "convert",
     "empty_weights",
     "errors",
     "load",

@@ -24,6 +24,7 @@ from modelrig.planning.plan import RigPlan
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from modelrig.checkpoint.saving.protocol import SaveReport
     from modelrig.components import Cache
     from modelrig.generation.loop import Engine, Generation, Piece, Run
     from modelrig.generation.options import GenerateOptions
@@ -195,6 +196,45 @@ class Model:
             "cache": self._pool.nbytes,
             "process": int(resident.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if resident.exists() else 0,
         }
+
+    def save(
+        self,
+        directory: str | os.PathLike[str],
+        format: str = "safetensors",  # noqa: A002
+        max_shard_size: int | str = "5GB",
+        dtype: Any = None,
+        *,
+        variant: str | None = None,
+        progress: ProgressChoice = False,
+    ) -> SaveReport:
+        """Write the model, its configs and its tokenizer to a folder, as Hugging Face lays them out: all or nothing.
+
+        Args:
+            directory: may be the folder it was loaded from. Files in it that are no part of a checkpoint stay.
+            format: a format that can be written: safetensors, pytorch_bin.
+            max_shard_size: bytes of tensors in one file (`200_000_000`, `"200MB"`); a larger tensor has a file of its own.
+            dtype: what floating weights are written as; by default as they are in memory.
+            variant: a mark for the names of the tensor files, such as "fp16".
+
+        Raises:
+            SaveError: nothing, or something else than asked for, was written; `committed` says what the folder holds.
+            RequestError: RQ-NAME, RQ-VALUE.
+        """
+        from modelrig.saving.model import save_model
+
+        self._require_open()
+        return save_model(
+            self.module,
+            self.plan,
+            self._parts["formats"],
+            directory,
+            format=format,
+            max_shard_size=max_shard_size,
+            dtype=dtype,
+            variant=variant,
+            progress=progress,
+            open_file=None if self._streamer is None else self._streamer.filler.file,
+        )
 
     def close(self) -> None:
         """Let go of weights and caches; safe to call twice."""

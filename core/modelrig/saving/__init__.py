@@ -1,0 +1,1 @@
+"""From a model or a checkpoint to files: which tensors, their bytes in parts, and what lies beside them."""
