@@ -349,6 +349,15 @@ class Catalog:
         """Bytes of all tensors, headers not counted, ties once."""
         return sum({(entry.file, entry.offset): entry.nbytes for entry in self.entries.values() if entry.nbytes}.values())
 
+    @property
+    def ties(self) -> tuple[tuple[str, ...], ...]:
+        """Names that are one stored tensor, group by group."""
+        names: dict[tuple[int, int], list[str]] = {}
+        for entry in self.entries.values():
+            if entry.nbytes:
+                names.setdefault((entry.file, entry.offset), []).append(entry.name)
+        return tuple(tuple(group) for group in names.values() if len(group) > 1)
+
 
 @frozen
 class StoredTensor:

@@ -14,7 +14,9 @@ from modelrig.cli.output import print_json, printable
 @click.argument("target")
 @click.option("--format", "format_", default="safetensors", show_default=True, metavar="NAME", help="safetensors or pytorch_bin")
 @click.option("--dtype", metavar="DTYPE", help="what floating tensors become; by default they stay what they are")
-@click.option("--max-shard-size", default="5GB", show_default=True, metavar="SIZE", help="bytes of tensors in one file, such as 200MB")
+@click.option(
+    "--max-shard-size", default="5GB", show_default=True, metavar="SIZE", help="bytes of tensors in one file, such as 200MB"
+)
 @click.option("--variant", metavar="MARK", help="a mark for the names of the files written, such as fp16")
 @click.option("--from-variant", metavar="MARK", help="read the files with this mark")
 @click.option("--json", "as_json", is_flag=True, help="print one JSON object")
@@ -57,7 +59,9 @@ def command(
         return
     for file in found["files"]:
         click.echo(printable(file["name"]))
-    summary = f"{found['path']}: {found['bytes']:,} bytes in {len(found['files'])} files, {found['seconds']:.2f} s, {found['durability']}"
+    summary = (
+        f"{found['path']}: {found['bytes']:,} bytes in {len(found['files'])} files, {found['seconds']:.2f} s, {found['durability']}"
+    )
     click.echo(printable(summary), err=True)
     for note in found["notes"]:
         click.echo(printable(f"note: {note}"), err=True)

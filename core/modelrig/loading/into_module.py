@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from attrs import evolve, frozen
+from attrs import frozen
 from torch import Tensor, nn
 
 from modelrig.checkpoint.mapping import Rule, Target, apply_rules, check_cover
@@ -107,11 +107,10 @@ def load_checkpoint(
 def open_checkpoint(folder: str | os.PathLike[str], prefer_safe: bool = True, variant: str | None = None) -> Opened:
     """Catalogue the tensor files of a folder. Raises `CheckpointError`."""
     registry = current()
-    _, snapshot = resolve(check_reference(folder), registry)
+    _, snapshot = resolve(check_reference(folder), registry, variant)
     if not snapshot.complete:
         raise RequestError("RQ-VALUE", f"{quoted(os.fspath(folder))} is not on this machine; fetch it first", locus="folder")
-    snapshot = evolve(snapshot, variant=variant)
-    identified, found = catalog(snapshot, registry)
+    identified, found = catalog(snapshot, registry, prefer_yielding=not prefer_safe)
     return Opened(snapshot.root, found, identified.registered.implementation())
 
 

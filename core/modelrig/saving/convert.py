@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from attrs import evolve
 
 from modelrig.checkpoint.saving.protocol import SaveReport, save_checkpoint
 from modelrig.components import DTYPE_BITS, Catalog, FormatReader, StoredTensor, TensorEntry
@@ -49,8 +48,7 @@ def convert(
     registry = current()
     writer = writing_format(format, registry)
     into = floating(dtype)
-    identified, snapshot = resolve(check_reference(source), registry)
-    snapshot = evolve(snapshot, variant=from_variant)
+    identified, snapshot = resolve(check_reference(source), registry, from_variant)
     planner, found = catalog(snapshot, registry)
     config: dict[str, Any] = {}
     if (snapshot.root / CONFIG).exists():
