@@ -57,8 +57,8 @@ def save_in_place(vfs: Vfs, job: Job, folder: Path, progress: Progress) -> tuple
             _point(vfs, stage, folder, stage.tree.name)
         else:
             progress.notes.append("the file system has no links: config and tensor files change one after the other")
-            _replace_one_by_one(vfs, job, stage, folder, written, replaced)
-        progress.committed = "uncertain" if job.durable else "yes"
+            _replace_one_by_one(vfs, job, stage, folder, written, replaced, progress)
+        progress.committed = "uncertain"
         if job.durable:
             progress.is_durable &= sync_folder(vfs, folder)
         progress.committed = "yes"
@@ -172,7 +172,9 @@ def sweep_inside(vfs: Vfs, folder: Path, *, durable: bool, notes: list[str]) -> 
 # ------------------------------------------------------------------------------------------------ without links
 
 
-def _replace_one_by_one(vfs: Vfs, job: Job, stage: Stage, folder: Path, written: Written, replaced: list[str]) -> None:
+def _replace_one_by_one(
+    vfs: Vfs, job: Job, stage: Stage, folder: Path, written: Written, replaced: list[str], progress: Progress
+) -> None:
     """For file systems without links. Shards are called like no others, so the file a reader starts from decides.
 
     Readers look for `model.safetensors`, its index, `pytorch_model.bin`, its index, in this order. If the new checkpoint starts
@@ -192,15 +194,50 @@ def _replace_one_by_one(vfs: Vfs, job: Job, stage: Stage, folder: Path, written:
             if name != entry:
                 vfs.unlink(folder / name)
         vfs.rename(stage.tree / entry, folder / entry)
+    kept = stage.folder / "kept"
+    vfs.mkdir(kept)
     for name in small:
-        vfs.rename(stage.tree / name, folder / name)
-    if is_later:
-        vfs.unlink(folder / present[0])
-    else:
-        vfs.rename(stage.tree / entry, folder / entry)
+        if (status := vfs.status(folder / name)) is not None:
+            duplicate(vfs, folder / name, kept / name, status)
+    try:
+        for name in small:
+            vfs.rename(stage.tree / name, folder / name)
+        if is_later:
+            vfs.unlink(folder / present[0])
+        else:
+            vfs.rename(stage.tree / entry, folder / entry)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            _take_back(vfs, stage, folder, small, kept, progress, present[0] if is_later else None, entry)
+        raise
+    progress.committed = "uncertain"
     vfs.rename(stage.tree / MANIFEST, folder / MANIFEST)
     if job.durable:
         sync_folder(vfs, folder)
     written_names = {*shards, *small, entry, MANIFEST, *(present if is_later else ())}
     for name in sorted(set(replaced) - written_names):
         vfs.unlink(folder / name)
+
+
+def _take_back(
+    vfs: Vfs,
+    stage: Stage,
+    folder: Path,
+    small: list[str],
+    kept: Path,
+    progress: Progress,
+    first: str | None,
+    entry: str,
+) -> None:
+    """The small files as they were, unless the commit has happened though it was reported as failed."""
+    progress.committed = "uncertain"
+    is_committed = vfs.status(folder / first) is None if first else vfs.status(stage.tree / entry) is None
+    if is_committed:
+        return
+    for name in small:
+        if vfs.status(stage.tree / name) is None:
+            if vfs.status(kept / name) is not None:
+                vfs.rename(kept / name, folder / name)
+            else:
+                vfs.unlink(folder / name)
+    progress.committed = "no"

@@ -33,33 +33,36 @@ def locked(vfs: Vfs, path: Path, folder: Path) -> Iterator[bool]:
     try:
         yield is_locked
     finally:
-        # Removed while it is still held: whoever opened it before finds out that it is not the file of that name any more.
-        with contextlib.suppress(OSError):
-            vfs.unlink(path)
-        with contextlib.suppress(OSError):
-            vfs.close(descriptor, path)
+        _leave(vfs, descriptor, path, True)
 
 
 def _acquire(vfs: Vfs, path: Path, folder: Path) -> tuple[int, bool]:
     for _ in range(_ATTEMPTS):
         descriptor = _open(vfs, path)
+        is_ours = False
         try:
-            if not vfs.lock(descriptor, path):
+            is_ours = vfs.lock(descriptor, path)
+            if not is_ours:
                 raise _in_progress(vfs, descriptor, path, folder)
             status = vfs.status(path)
             if status is not None and os.path.samestat(status, os.fstat(descriptor)):
                 _sign(vfs, descriptor, path)
                 return descriptor, True
-        except OperationError as error:
-            if error.operation == "lock" and error.errno in _NO_LOCKS:
+        except BaseException as error:
+            if isinstance(error, OperationError) and error.operation == "lock" and error.errno in _NO_LOCKS:
                 return descriptor, False
-            _close(vfs, descriptor, path)
+            _leave(vfs, descriptor, path, is_ours)
             raise
-        except BaseException:
-            _close(vfs, descriptor, path)
-            raise
-        _close(vfs, descriptor, path)  # its last holder removed it after we had opened it
+        _leave(vfs, descriptor, path, False)  # its last holder removed it after we had opened it
     raise SaveInProgress("SV-BUSY", "its lock changes hands all the time", path=folder)
+
+
+def _leave(vfs: Vfs, descriptor: int, path: Path, is_ours: bool) -> None:
+    if is_ours:  # removed while it is still held: whoever opened it before finds out that it is not the file of that name any more
+        with contextlib.suppress(OSError):
+            vfs.unlink(path)
+    with contextlib.suppress(OSError):
+        vfs.close(descriptor, path)
 
 
 def _open(vfs: Vfs, path: Path) -> int:
@@ -69,11 +72,6 @@ def _open(vfs: Vfs, path: Path) -> int:
         if error.errno != errno.EACCES or vfs.status(path) is None:
             raise
         return vfs.open(path, os.O_RDONLY)  # another user's: enough to lock it
-
-
-def _close(vfs: Vfs, descriptor: int, path: Path) -> None:
-    with contextlib.suppress(OSError):
-        vfs.close(descriptor, path)
 
 
 def _sign(vfs: Vfs, descriptor: int, path: Path) -> None:

@@ -161,8 +161,8 @@ class Settling:
                 self._keep(inside, status)
             again = self.vfs.status(self.old / inside)
             if again is not None and _state(again) == _state(status):
+                self.carried.pop(inside, None)  # first: should we come back, it was not somebody else who took it away
                 self.vfs.unlink(self.old / inside)
-                self.carried.pop(inside, None)
         are_gone = [self._remove_folder(inside) for inside in reversed(folders)]
         return all(are_gone)
 
