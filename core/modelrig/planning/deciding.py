@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
+from typing import Any
 
-from attrs import evolve, frozen
+from attrs import evolve, field, frozen
 
 from modelrig.components import FLOATING, AttentionSpec, Catalog, ModelFacts, Snapshot
 from modelrig.errors import ModelrigError, PlanError, PluginError, ResourceLimitError
@@ -23,7 +24,7 @@ from modelrig.planning.placement import Device, Placed, Weight, main_of, placed_
 from modelrig.planning.placement_maps import read_map
 from modelrig.planning.places import Placement, tiers
 from modelrig.planning.request import Request
-from modelrig.planning.units import CPU, is_gpu
+from modelrig.planning.units import is_gpu
 from modelrig.planning.values import AUTO
 from modelrig.registry import Registry
 from modelrig.registry.ledger import cause
@@ -61,6 +62,16 @@ class Desk:
     request: Request
     environment: Environment
     registry: Registry
+    _weighed: dict[Any, list[Weighed]] = field(factory=dict, init=False, repr=False, eq=False)
+
+    def weighed(self, at: Situation, negotiated: Negotiated) -> list[Weighed]:
+        """Every parameter's bytes, counted once for each way to hold them."""
+        quantizer = negotiated.choices["quantizers"]
+        key = (quantizer.id, repr(quantizer.options), at.dtype)
+        if key not in self._weighed:
+            facts, stored = self.checkpoint.facts, self.checkpoint.catalog
+            self._weighed[key] = list(weigh_each(facts, stored, quantizer.registered.planner(), quantizer.options, at.dtype))
+        return self._weighed[key]
 
     def negotiate(self, at: Situation) -> Negotiated:
         return negotiate(at, self.checkpoint.parts, self.request, self.registry)
@@ -71,16 +82,18 @@ def decide(situation: Situation, placement: Placement, desk: Desk) -> Decision:
     if placement.device_map:
         return _by_map(situation, placement.device_map, desk)
     if placement.strategy is None:
-        return _whole(situation, desk, desk.negotiate(situation), _spread_out(situation, desk))
+        negotiated = desk.negotiate(situation)
+        account = open_account(situation, desk, negotiated)
+        return _whole(situation, desk, negotiated, account, _spread_out(situation, desk))
     return _by_strategy(situation, placement.strategy, desk)
 
 
 Offers = Iterable[tuple[str, Account]]  # rigs that a hint may suggest, made when they are looked at
 
 
-def _whole(at: Situation, desk: Desk, negotiated: Negotiated, offers: Offers = ()) -> Decision:
+def _whole(at: Situation, desk: Desk, negotiated: Negotiated, account: Account, offers: Offers = ()) -> Decision:
     """All on one device. Mapped weights may exceed what is free."""
-    return _decision(at, desk, negotiated, None, chain(_cheaper(at, desk), offers))
+    return _decision(at, desk, negotiated, account, None, chain(_cheaper(at, desk), offers))
 
 
 def _by_map(at: Situation, device_map: Mapping[str, str], desk: Desk) -> Decision:
@@ -92,7 +105,8 @@ def _by_map(at: Situation, device_map: Mapping[str, str], desk: Desk) -> Decisio
     at = evolve(at, device=main, streamed=any(not runs(device, main) for device in where.values()))
     negotiated = desk.negotiate(at)
     placed = placed_by(where, _weights(at, desk, negotiated), facts.blocks, main)
-    return _decision(at, desk, negotiated, placed, _spread_out(at, desk))
+    account = open_account(at, desk, negotiated, placed)
+    return _decision(at, desk, negotiated, account, placed, _spread_out(at, desk))
 
 
 def _by_strategy(at: Situation, strategy: str, desk: Desk) -> Decision:
@@ -100,11 +114,12 @@ def _by_strategy(at: Situation, strategy: str, desk: Desk) -> Decision:
     places = tiers(desk.request, desk.environment, gpus=is_gpu(at.device))
     can_stay = strategy == AUTO or sum(is_gpu(device.name) for device in places) < 2
     negotiated, too_much = desk.negotiate(at), ""
+    account = open_account(at, desk, negotiated)
     if can_stay:
-        ledger = open_account(at, desk.checkpoint, negotiated).draw(at.context, at.batch)
+        ledger = account.draw(at.context, at.batch)
         broken = broken_limit(ledger, desk.request, desk.environment, with_pages=True)
         if broken is None:
-            return _whole(at, desk, negotiated)
+            return _whole(at, desk, negotiated, account)
         device, needed, limit = broken
         too_much = f"all on {at.device} would take {human(needed)} of {device}, which has {human(limit.bytes)} ({limit.why})"
     try:
@@ -114,7 +129,7 @@ def _by_strategy(at: Situation, strategy: str, desk: Desk) -> Decision:
         if not can_stay:
             raise
         try:
-            return _whole(at, desk, negotiated)
+            return _whole(at, desk, negotiated, account)
         except ResourceLimitError as whole:
             reason = f"{whole.reason}\nwith weights on several devices: {error.reason}"
             raise ResourceLimitError(whole.code, reason, hint=whole.hint) from error
@@ -125,13 +140,18 @@ def _spread(at: Situation, strategy: str, desk: Desk, negotiated: Negotiated, pl
     placed = _placed(at, strategy, desk, negotiated, places)
     if not placed.streamed:
         try:
-            return _decision(evolve(at, device=placed.main), desk, negotiated, placed)
+            return _settled(at, desk, negotiated, placed)
         except ResourceLimitError:  # because of kernels' copies
             pass
     at = evolve(at, streamed=True)
     negotiated = desk.negotiate(at)
     placed = _placed(at, strategy, desk, negotiated, places)
-    return _decision(evolve(at, device=placed.main), desk, negotiated, placed)
+    return _settled(at, desk, negotiated, placed)
+
+
+def _settled(at: Situation, desk: Desk, negotiated: Negotiated, placed: Placed) -> Decision:
+    at = evolve(at, device=placed.main)
+    return _decision(at, desk, negotiated, open_account(at, desk, negotiated, placed), placed)
 
 
 def _spread_out(at: Situation, desk: Desk) -> Iterator[tuple[str, Account]]:
@@ -140,13 +160,14 @@ def _spread_out(at: Situation, desk: Desk) -> Iterator[tuple[str, Account]]:
     try:
         negotiated = desk.negotiate(at)
         placed = _placed(at, AUTO, desk, negotiated, tiers(desk.request, desk.environment, gpus=is_gpu(at.device)))
-        yield f"device_map={AUTO!r}", open_account(evolve(at, device=placed.main), desk.checkpoint, negotiated, placed)
+        yield f"device_map={AUTO!r}", open_account(evolve(at, device=placed.main), desk, negotiated, placed)
     except ModelrigError:
         return
 
 
-def _decision(at: Situation, desk: Desk, negotiated: Negotiated, placed: Placed | None, offers: Offers = ()) -> Decision:
-    account = open_account(at, desk.checkpoint, negotiated, placed)
+def _decision(
+    at: Situation, desk: Desk, negotiated: Negotiated, account: Account, placed: Placed | None, offers: Offers = ()
+) -> Decision:
     ledger, notes = require_fit(account, at.context, at.batch, desk.request, desk.environment, iter(offers))
     return Decision(
         situation=at,
@@ -170,7 +191,7 @@ def _streaming_notes(placed: Placed | None) -> Iterator[str]:
 def _placed(at: Situation, strategy: str, desk: Desk, negotiated: Negotiated, places: Sequence[Device]) -> Placed:
     """The weights by a strategy, each device keeping a reserve for what it does beside holding them."""
     facts = desk.checkpoint.facts
-    account = open_account(at, desk.checkpoint, negotiated)
+    account = open_account(at, desk, negotiated)
     # On several GPUs each keeps the cache of its own layers.
     several = sum(is_gpu(device.name) for device in places) > 1 and len(facts.layers) == len(facts.blocks)
     beside: dict[str, int] = {}
@@ -185,7 +206,7 @@ def _placed(at: Situation, strategy: str, desk: Desk, negotiated: Negotiated, pl
 
 def _weights(at: Situation, desk: Desk, negotiated: Negotiated) -> list[Weight]:
     facts = desk.checkpoint.facts
-    sizes = {one.parameter.name: one.size + one.beside for one in _weighed(at, desk.checkpoint, negotiated)}
+    sizes = {one.parameter.name: one.size + one.beside for one in desk.weighed(at, negotiated)}
     return [Weight(name, sizes[facts.ties.get(name, name)], _tie(facts, name)) for name in sizes]
 
 
@@ -197,7 +218,7 @@ def _tie(facts: ModelFacts, name: str) -> str | None:
 # ------------------------------------------------------------------------------------------------ bytes
 
 
-def open_account(at: Situation, checkpoint: Checkpoint, negotiated: Negotiated, placed: Placed | None = None) -> Account:
+def open_account(at: Situation, desk: Desk, negotiated: Negotiated, placed: Placed | None = None) -> Account:
     """What the ledger is drawn up from; without `placed` everything is on the device that runs.
 
     Raises:
@@ -205,20 +226,17 @@ def open_account(at: Situation, checkpoint: Checkpoint, negotiated: Negotiated, 
     """
     quantizer, cache = negotiated.choices["quantizers"], negotiated.choices["caches"]
     try:
-        is_mapped = at.device == CPU or placed is not None
-        parts = add_up(
-            _weighed(at, checkpoint, negotiated, is_mapped=is_mapped), at.device, None if placed is None else placed.where
-        )
+        parts = add_up(desk.weighed(at, negotiated), at.device, None if placed is None else placed.where)
         account = Account(
             device=at.device,
             dtype=at.dtype,
-            facts=checkpoint.facts,
+            facts=desk.checkpoint.facts,
             weights=parts.pop(at.device),
             cache=cache.registered.planner(),
             cache_options=cache.options,
             elsewhere=parts,
             slots=0 if placed is None else placed.slots,
-            layers={} if placed is None else _layers(placed, checkpoint.facts),
+            layers={} if placed is None else _layers(placed, desk.checkpoint.facts),
         )
         account.cache_bytes(at.context, at.batch)
     except (ModelrigError, MemoryError):
@@ -227,12 +245,6 @@ def open_account(at: Situation, checkpoint: Checkpoint, negotiated: Negotiated, 
         text = f"{quantizer.id} or {cache.id} failed to count its bytes: {cause(error)}"
         raise PluginError("PL-CONTRACT", text) from error
     return account
-
-
-def _weighed(at: Situation, checkpoint: Checkpoint, negotiated: Negotiated, *, is_mapped: bool = False) -> Iterator[Weighed]:
-    quantizer = negotiated.choices["quantizers"]
-    planner = quantizer.registered.planner()
-    return weigh_each(checkpoint.facts, checkpoint.catalog, planner, quantizer.options, at.dtype, is_mapped=is_mapped)
 
 
 def _layers(placed: Placed, facts: ModelFacts) -> dict[str, tuple[AttentionSpec, ...]]:
@@ -255,6 +267,6 @@ def _cheaper(at: Situation, desk: Desk) -> Iterator[tuple[str, Account]]:
             continue
         other = evolve(at, dtype=dtype)
         try:
-            yield f"dtype={dtype!r}", open_account(other, desk.checkpoint, desk.negotiate(other))
+            yield f"dtype={dtype!r}", open_account(other, desk, desk.negotiate(other))
         except ModelrigError:
             continue

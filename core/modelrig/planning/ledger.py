@@ -152,8 +152,7 @@ def weigh_each(
     entries, bits, outputs = catalog.entries, DTYPE_BITS[dtype], quantizer.outputs
     for parameter in facts.parameters:
         copy = copy_of(parameter, dtype, options) if copy_of is not None and parameter.role in MULTIPLIED_ROLES else 0
-        sources = parameter.sources
-        if not sources:
+        if parameter.stored_as is None and not parameter.parts:
             yield Weighed(parameter, 0, 0, False, 0, copy)
             continue
         size, into, beside = (bits * math.prod(parameter.shape) + 7) // 8, dtype, 0
@@ -162,19 +161,28 @@ def weigh_each(
             kept = next((spec for spec in specs if spec.suffix == "" and spec.shape == parameter.shape), None)
             size, into = (0, "") if kept is None else (kept.nbytes, kept.dtype)
             beside = sum(spec.nbytes for spec in specs if spec is not kept)
-        is_view = is_mapped and len(sources) == 1 and _is_view(entries.get(sources[0].name), into, parameter, sources[0], read_only)
-        read = [_read_bytes(entry, part) for part in sources if (entry := entries.get(part.name)) is not None]
+        if parameter.stored_as is not None:
+            entry = entries.get(parameter.stored_as)
+            whole = largest = 0 if entry is None else entry.nbytes
+        else:
+            read = [_read_bytes(entries[part.name], part) for part in parameter.parts if part.name in entries]
+            whole, largest = sum(read), max(read, default=0)
+            only = parameter.parts[0]
+            entry = entries.get(only.name) if len(parameter.parts) == 1 and _is_whole(only) else None
+        is_view = is_mapped and entry is not None and entry.file not in read_only and _is_view(entry, into, parameter)
         in_parts = into == dtype and not beside
-        staging = min(max(read, default=0), PIECE_BYTES) if in_parts else sum(read)
-        yield Weighed(parameter, size, beside, is_view, staging, copy)
+        yield Weighed(parameter, size, beside, is_view, min(largest, PIECE_BYTES) if in_parts else whole, copy)
 
 
-def _is_view(entry: TensorEntry | None, dtype: str, parameter: Parameter, part: Part, read_only: set[int]) -> bool:
-    """Whether the stored bytes serve as they are: same dtype, all of one tensor, in order, at an address the dtype allows."""
-    if entry is None or entry.file in read_only or entry.dtype != dtype or entry.shape != parameter.shape:
-        return False
-    is_whole = part.taken is None and part.order is None and part.into is None and part.axes in (None, parameter.shape)
-    return is_whole and entry.strides is None and entry.offset % max(1, DTYPE_BITS[entry.dtype] // 8) == 0
+def _is_view(entry: TensorEntry, dtype: str, parameter: Parameter) -> bool:
+    """Whether the stored bytes serve as they are: same dtype, shape and order, at an address the dtype allows."""
+    is_same = entry.dtype == dtype and entry.shape == parameter.shape and entry.strides is None
+    return is_same and entry.offset % max(1, DTYPE_BITS[entry.dtype] // 8) == 0
+
+
+def _is_whole(part: Part) -> bool:
+    """Whether the parameter is all of one stored tensor, in its order."""
+    return part.taken is None and part.axes is None and part.order is None and part.into is None
 
 
 def _read_bytes(entry: TensorEntry, part: Part) -> int:

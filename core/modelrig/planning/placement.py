@@ -44,7 +44,8 @@ class Placed:
         device_map: the same as Hugging Face writes it: names of modules, as few as will do, in execution order.
         main: the device that runs what is streamed, and everything if there is only one that runs.
         totals: device → bytes of the weights on it, ties once.
-        slot: bytes of the largest unit that is streamed; 0 if none is.
+        slot: bytes of the largest block or module that is streamed; 0 if none is.
+        slots: bytes that streaming takes on `main`: two such slots, one where only one is streamed.
     """
 
     where: Mapping[str, str] = field(repr=False)
@@ -52,11 +53,7 @@ class Placed:
     main: str
     totals: Mapping[str, int]
     slot: int
-
-    @property
-    def slots(self) -> int:
-        """Bytes that streaming takes on `main`."""
-        return SLOTS * self.slot
+    slots: int
 
     def device_of(self, module: str) -> str:
         """Where `module` is, if it is in one place."""
@@ -151,8 +148,16 @@ def placed_by(where: Mapping[str, str], weights: Sequence[Weight], blocks: Colle
             seen.add(weight.tie)
         totals[where[weight.name]] = totals.get(where[weight.name], 0) + size
     away = [weight for weight in weights if not runs(where[weight.name], main)]
-    slot = max(streamed_bytes(away, owners_of(away, blocks)).values(), default=0)
-    return Placed(where=where, device_map=coarse(where) or {"": main}, main=main, totals=totals or {main: 0}, slot=slot)
+    sizes = streamed_bytes(away, owners_of(away, blocks)).values()
+    slot = max(sizes, default=0)
+    return Placed(
+        where=where,
+        device_map=coarse(where) or {"": main},
+        main=main,
+        totals=totals or {main: 0},
+        slot=slot,
+        slots=slot * min(SLOTS, len(sizes)),
+    )
 
 
 def _tied(weights: Sequence[Weight], ties: Iterable[Collection[str]]) -> Sequence[Weight]:
