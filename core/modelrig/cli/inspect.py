@@ -30,11 +30,14 @@ def command(model: str, variant: str | None, config: str | None, all_tensors: bo
     With --verify, files that are not those that were saved or downloaded are named, and the exit code is 1.
     """
     found = inspect(model, config, variant, all_tensors=all_tensors, verified=verified)
+    is_damaged = verified and found["integrity"]["state"] == "damaged"
     if as_json:
         print_json(found)
+    elif is_damaged:
+        _print_integrity(found["integrity"])
     else:
         _print(found, all_tensors)
-    return 1 if verified and found["integrity"]["state"] == "damaged" else 0
+    return 1 if is_damaged else 0
 
 
 def _print(found: dict[str, Any], all_tensors: bool) -> None:
@@ -97,6 +100,9 @@ def inspect(
     request = read_request({} if variant is None else {"variant": variant}, config, checkpoint=possible_folder(reference))
     registry = current(disable=request.disable)
     _, snapshot = resolve(reference, registry, request.variant)
+    integrity = _integrity(snapshot.root) if verified else None
+    if integrity is not None and integrity["state"] == "damaged":  # nothing else it says can be relied upon
+        return {"model": reference, "root": str(snapshot.root), "integrity": integrity}
     _, found = catalog(snapshot, registry)
     notes, raw = list(found.notes), {}
     ties = [list(group) for group in found.ties]
@@ -164,7 +170,7 @@ def inspect(
         "architecture": known,
         "metadata": dict(found.metadata),
         "notes": notes,
-        "integrity": _integrity(snapshot.root) if verified else None,
+        "integrity": integrity,
     }
 
 

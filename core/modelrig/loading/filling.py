@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from types import TracebackType
@@ -24,12 +24,11 @@ from torch import Tensor
 from modelrig.components import DTYPE_BITS, Catalog, FormatReader, Part, TensorEntry
 from modelrig.errors import LoadError
 from modelrig.loading.pieces import PIECE_BYTES, Piece, is_whole, pieces
+from modelrig.loading.progress import Progress
 from modelrig.loading.transport import TensorFileReader, check_unchanged
 
 if TYPE_CHECKING:
     from modelrig.components import TensorFile
-
-Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 
 READERS = 4  # threads at most: two fill a local disk's queue, and casting wants a core each
 _REPORT_SECONDS = 0.1

@@ -17,8 +17,9 @@ from torch import nn
 
 from modelrig.components import Catalog, FormatReader, LinearMaker, ModelFacts, Parameter
 from modelrig.errors import LoadError, PluginError
-from modelrig.loading.filling import Filler, Progress, Wanted
+from modelrig.loading.filling import Filler, Wanted
 from modelrig.loading.offload import Streamer, Unit
+from modelrig.loading.progress import Progress
 
 DISK = "disk"
 EMBEDDING = "embedding"  # the role of parameters that are looked up by rows

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from modelrig.loading.filling import Progress
-
+Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 ProgressChoice = bool | Progress
 
 
