@@ -3,13 +3,14 @@
 # make check   set up, then lint, types, architecture
 # make docs    write docs/reference and the outputs shown in pages anew
 # make bench   compare with transformers on this machine (long; run it on a quiet machine)
+# make kill-test  kill thousands of saves, and some of transformers' (a quarter of an hour; wants strace)
 # make tiny    train the bundled model again (half an hour)
 
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test check bench docs tiny format clean
+.PHONY: demo test check bench docs kill-test tiny format clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/modelrig plan tiny
@@ -30,6 +31,9 @@ format: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks
+
+kill-test: $(VENV)/.dev
+	$(BIN)/python tests/kill_saves.py
 
 docs: $(VENV)/.dev
 	$(BIN)/python docs/generate.py

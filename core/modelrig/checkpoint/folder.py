@@ -15,7 +15,7 @@ from attrs import frozen
 
 from modelrig.checkpoint.files import Identity, identity
 from modelrig.checkpoint.saving.names import MANIFEST
-from modelrig.errors import CheckpointError, FileError, LoadError
+from modelrig.errors import FileError
 
 T = TypeVar("T")
 
@@ -64,7 +64,7 @@ def consistently(folder: Path, read: Callable[[], T], *, attempts: int = ATTEMPT
         with held(folder) as before:
             try:
                 value = read()
-            except (CheckpointError, LoadError):
+            except Exception:  # two generations at once may look wrong in any way
                 if generation(folder) == before:
                     raise
             else:
@@ -82,7 +82,7 @@ def again_if_exchanged(folder: Path, load: Callable[[], T], *, attempts: int = A
         with held(folder) as before:
             try:
                 return load()
-            except (CheckpointError, LoadError):
+            except Exception:
                 if generation(folder) == before:
                     raise
     return load()

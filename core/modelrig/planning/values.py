@@ -13,6 +13,7 @@ from typing import Any
 
 from attrs import Factory, frozen
 
+from modelrig.checkpoint.sizes import size as size
 from modelrig.components import FLOATING
 from modelrig.errors import nearest, quoted
 
@@ -27,13 +28,6 @@ DTYPE_SPELLINGS = {
     "bf16": "bfloat16",
     "double": "float64", "fp64": "float64", "f64": "float64",
 }  # fmt: skip
-#: powers as disks and Hugging Face count them, and as memory is counted
-SIZE_UNITS = {
-    "": 1, "b": 1,
-    "k": 10**3, "kb": 10**3, "m": 10**6, "mb": 10**6, "g": 10**9, "gb": 10**9, "t": 10**12, "tb": 10**12,
-    "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
-}  # fmt: skip
-_SIZE = re.compile(r"\s*([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*([a-zA-Z]{0,3})\s*", re.ASCII)
 _VARIANT = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)
 _DEVICE = re.compile(r"cpu|disk|cuda(?::[0-9]{1,4})?", re.ASCII)
 _NUMBER = re.compile(r"[0-9]{1,4}", re.ASCII)
@@ -205,19 +199,6 @@ def max_memory(value: Any) -> Mapping[str, int]:
             raise ValueError(f"{quoted(where)} is named twice")
         limits[where] = 0 if type(limit) is int and limit == 0 else size(limit)
     return limits
-
-
-def size(value: Any) -> int:
-    """A number of bytes; text may carry a unit (GB is 10⁹, GiB is 2³⁰)."""
-    if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 63:
-        return value
-    found = _SIZE.fullmatch(value) if isinstance(value, str) else None
-    if found and found[2].lower() in SIZE_UNITS:
-        whole, _, fraction = found[1].partition(".")
-        bytes_ = int(whole + fraction) * SIZE_UNITS[found[2].lower()] // 10 ** len(fraction)
-        if bytes_:
-            return bytes_
-    raise ValueError(f"{quoted(value)}; a number of bytes such as 8000000000, '8GB' or '7.5GiB' is accepted")
 
 
 def variant(value: Any) -> str:

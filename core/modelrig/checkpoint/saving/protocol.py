@@ -231,7 +231,7 @@ def _check(
     names = getattr(format_, "files", None)
     if not isinstance(names, FileNames):
         raise SaveError("SV-ARGS", f"{quoted(format_)} only reads: it has no `files`, `size` and `write`", locus="format")
-    if variant is not None and (not variant or not re.fullmatch(r"[A-Za-z0-9_]+", variant)):
+    if variant is not None and (not variant or not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", variant)):
         raise SaveError("SV-ARGS", f"{quoted(variant)}; letters and digits are accepted", locus="variant")
     job = Job(
         id=new_id(),
