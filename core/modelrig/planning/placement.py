@@ -114,7 +114,7 @@ def placement_of_module(
         shown = ", ".join(quoted(device) for device in absent)
         raise PlanError("PN-DEVICE", f"not there: {shown}; there is {', '.join(sorted(there))}", locus="device_map")
     where = read_map(given, weights, no_split, modules)
-    return placed_by(where, weights, no_split, main_of(where.values()))
+    return placed_by(where, weights, no_split, main_of((where or given).values()))
 
 
 def spread(

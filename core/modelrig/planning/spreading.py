@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from itertools import accumulate, pairwise
 from typing import NoReturn
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from modelrig.errors import ResourceLimitError
 from modelrig.planning.memory import human
@@ -65,13 +65,10 @@ def spread_units(units: Sequence[Unit], devices: Sequence[Device], strategy: str
     ends = RUNS.get(strategy, balanced)(task.costs, [room(device) for device in task.running])
     if ends is not None:
         return Spread(_by_ends(task.running, ends), _first_used(task.running, ends))
-    streamed = None
-    if len(task.running) == 1 and strategy != "sequential":
-        streamed = evenly(task)
-    streamed = streamed or overflow(task)
-    if streamed is None:
+    found = _ways(task, strategy)
+    if not found:
         _raise_nothing_fits(task)
-    return Spread(streamed, task.running[0].name)
+    return Spread(found[0], task.running[0].name)
 
 
 def room(device: Device) -> int:
@@ -160,6 +157,23 @@ RUNS = {"sequential": sequential, "balanced": balanced, "balanced_low_0": balanc
 # ------------------------------------------------------------------------------------------------ streaming
 
 
+def _ways(task: Task, strategy: str) -> list[tuple[str, ...]]:
+    """Placements that stream something, the best first."""
+    if len(task.running) == 1 and strategy != "sequential":
+        spaced = evenly(task)
+        if spaced is not None:
+            return [spaced]
+    ways = [way for way in (overflow(task), others_first(task)) if way is not None]
+    return sorted(ways, key=lambda way: _streamed(task, way))
+
+
+def _streamed(task: Task, devices: Sequence[str]) -> tuple[int, int]:
+    """Bytes on disk, and bytes streamed."""
+    resident = {device.name for device in task.running}
+    rows = [(unit.bytes, device) for unit, device in zip(task.units, devices, strict=True)]
+    return sum(size for size, device in rows if device == DISK), sum(size for size, device in rows if device not in resident)
+
+
 def overflow(task: Task) -> tuple[str, ...] | None:
     """As many units as possible from the first on are kept where they run, the rest overflows in order."""
     units, costs, sizes = task.units, task.costs, task.sizes
@@ -178,9 +192,17 @@ def overflow(task: Task) -> tuple[str, ...] | None:
     return None
 
 
+def others_first(task: Task) -> tuple[str, ...] | None:
+    """`overflow`, units that are no blocks before blocks: a head at the end is often larger, and so would its slots be."""
+    order = sorted(range(len(task.units)), key=lambda place: task.units[place].is_block)
+    found = overflow(evolve(task, units=[task.units[place] for place in order]))
+    return None if found is None else tuple(device for _, device in sorted(zip(order, found, strict=True)))
+
+
 def evenly(task: Task) -> tuple[str, ...] | None:
     """With one device that runs: the fewest bytes are streamed, blocks before other units, and blocks at even distances."""
-    (main,), best = task.running, None
+    (main,) = task.running
+    best: tuple[str, ...] | None = None
     for slot in sorted({unit.slot for unit in task.units}):
         needed = task.costs[-1] + SLOTS * slot - room(main)
         blocks = [place for place, unit in enumerate(task.units) if unit.is_block and unit.slot <= slot]
@@ -190,11 +212,9 @@ def evenly(task: Task) -> tuple[str, ...] | None:
         devices = None if away is None else _lower(task, away, main.name)
         if devices is None:
             continue
-        on_disk = sum(unit.bytes for unit, device in zip(task.units, devices, strict=True) if device == DISK)
-        streamed = sum(unit.bytes for unit, device in zip(task.units, devices, strict=True) if device != main.name)
-        if best is None or (on_disk, streamed) < best[:2]:
-            best = (on_disk, streamed, devices)
-    return None if best is None else best[2]
+        if best is None or _streamed(task, devices) < _streamed(task, best):
+            best = devices
+    return best
 
 
 def _lower(task: Task, away: Sequence[int], main: str) -> tuple[str, ...] | None:
@@ -252,14 +272,15 @@ def _raise_no_room(running: Sequence[Device]) -> NoReturn:
 
 def _raise_nothing_fits(task: Task) -> NoReturn:
     main, units = task.running[0], task.units
-    smallest, total = min(unit.slot for unit in units), task.sizes[-1]
+    smallest = min([unit.slot for unit in units if unit.is_block] or [unit.slot for unit in units])
+    total = task.sizes[-1]
     largest = max(units, key=lambda unit: unit.slot)
     places = "; ".join(
         f"{_limit(device)}" + (f", {human(device.reserve)} of it kept for running" if device.reserve else "")
         for device in (*task.running, *task.slower)
     )
     if room(main) < SLOTS * smallest:
-        why = f"{main.name} has no room for two slots of even the smallest unit ({human(smallest)})"
+        why = f"{main.name} has no room for two slots of even the smallest block ({human(smallest)})"
     elif not task.slower:
         why = "there is nowhere else to put weights"
     elif all(room(device) >= total for device in task.slower[-1:]):
