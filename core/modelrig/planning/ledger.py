@@ -262,7 +262,7 @@ class Account:
         items.append((CPU, "load_peak", STAGING, staging, False))
         items += [(self.device, moment, SLOTS, self.slots, True) for moment in MOMENTS[1:]]
         items += [(device, *item) for device in parts if self._runs(device) for item in self._running(device, context, batch)]
-        order = [*parts, CPU]
+        order = sorted({*parts, CPU}, key=lambda device: (device != self.device, device == DISK, device == CPU, device))
         items.sort(key=lambda item: (order.index(item[0]), MOMENTS.index(item[1])))
         lines = (Line(device=d, moment=m, what=what, bytes=size, exact=exact) for d, m, what, size, exact in items if size)
         return Ledger(tuple(lines))
