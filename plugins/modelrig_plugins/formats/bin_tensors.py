@@ -58,6 +58,7 @@ class _Maker:
     path: Path
     file: int
     known: dict[str, tuple[Storage, Record]] = Factory(dict)  # by key, checked
+    geometries: dict[Any, tuple[int, tuple[int, ...] | None]] = Factory(dict)  # by shape and strides, checked
 
     def problem(self, code: str, name: str, reason: str) -> FormatError:
         return FormatError(code, reason, path=self.path, locus=name)
@@ -67,11 +68,10 @@ class _Maker:
             raise self.problem("PK-LAYOUT", name, f"a tensor that is {value.kind}; plain dense ones are read")
         assert type(value) is StoredView
         storage, record = self.known.get(value.storage.key, (None, None))
-        if storage is not value.storage or record is None:
+        if storage != value.storage or record is None:
             record = self.record(name, value.storage)
-        shape, strides = self.geometry(name, value.shape, value.strides)
-        item, count = _ITEM_BYTES[value.dtype], prod(shape)
-        order = self.order(name, shape, strides, item, count) if count else None
+        count, order = self.geometry(name, value)
+        item, shape = _ITEM_BYTES[value.dtype], value.shape
         offset = value.offset
         if type(offset) is not int or offset < 0:
             raise self.problem("PK-BAD", name, f"storage offset {told(offset)}; a whole number from 0 is needed")
@@ -96,20 +96,24 @@ class _Maker:
         self.known[storage.key] = storage, record
         return record
 
-    def geometry(self, name: str, shape: Any, strides: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def geometry(self, name: str, value: StoredView) -> tuple[int, tuple[int, ...] | None]:
+        """(number of elements, strides where they are another order than C's) of a dense tensor."""
+        shape, strides = value.shape, value.strides
         if type(shape) is not tuple or type(strides) is not tuple or len(shape) != len(strides):
             raise self.problem("PK-BAD", name, "its size and strides are not two tuples of one length")
         if len(shape) > MAX_DIMENSIONS:
             raise self.problem("PK-LIMIT", name, f"{len(shape):,} dimensions; at most {MAX_DIMENSIONS} are accepted")
-        if shape and not (
-            _WHOLE.issuperset(map(type, shape)) and _WHOLE.issuperset(map(type, strides)) and min(shape) >= 0 and min(strides) >= 0
-        ):
+        if not _WHOLE.issuperset(map(type, shape + strides)) or min(shape + strides, default=0) < 0:
             raise self.problem("PK-BAD", name, "its size and strides are not whole numbers from 0")
-        if shape and (max(shape) > MAX_DIMENSION or prod(size or 1 for size in shape) >= MAX_ELEMENTS):
-            raise self.problem("PK-LIMIT", name, f"shape {quoted(list(shape))} is too large to exist")
-        return shape, strides
+        made = self.geometries.get((shape, strides))  # a model has few
+        if made is None:
+            if max(shape, default=0) > MAX_DIMENSION or prod(size or 1 for size in shape) >= MAX_ELEMENTS:
+                raise self.problem("PK-LIMIT", name, f"shape {quoted(list(shape))} is too large to exist")
+            count = prod(shape)
+            made = self.geometries[shape, strides] = count, self.order(name, shape, strides) if count else None
+        return made
 
-    def order(self, name: str, shape: tuple[int, ...], strides: tuple[int, ...], item: int, count: int) -> tuple[int, ...] | None:
+    def order(self, name: str, shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...] | None:
         """The strides, where they are another order of the same dense range than C's."""
         expected = 1  # where the size is 1, a stride means nothing
         for size, stride in zip(reversed(shape), reversed(strides), strict=True):
@@ -123,8 +127,8 @@ class _Maker:
             if stride != expected:
                 spanned = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
                 reason = (
-                    f"shape {quoted(list(shape))} with strides {quoted(list(strides))} is not dense: {count * item:,} bytes "
-                    f"of values lie on {spanned * item:,} stored; expanded and sliced tensors are not read"
+                    f"shape {quoted(list(shape))} with strides {quoted(list(strides))} is not dense: {prod(shape):,} values lie on "
+                    f"{spanned:,} stored; expanded and sliced tensors are not read"
                 )
                 raise self.problem("PK-STRIDE", name, reason)
             expected *= size

@@ -53,7 +53,8 @@ ID = f"{LAYER}/.data/serialization_id"
 
 @define
 class _Pickler:
-    """Opcodes of protocol 2 as Python's pickler chooses them. What was written once is taken from the memo."""
+    """Opcodes of protocol 2 as Python's pickler chooses them. What was written once is taken from the memo, names excepted:
+    Python looks whether it is the same object, and a name is another than a storage's key that reads the same."""
 
     out: bytearray = field(factory=lambda: bytearray(b"\x80\x02"))
     memo: dict[Any, int] = field(factory=dict)
@@ -72,11 +73,15 @@ class _Pickler:
         self.out += b"h%c" % index if index < 256 else b"j" + struct.pack("<I", index)
         return True
 
+    def name(self, value: str) -> None:
+        raw = value.encode()
+        self.out += b"X" + struct.pack("<I", len(raw)) + raw
+        self.keep()
+
     def text(self, value: str) -> None:
         if not self.recall(value):
-            raw = value.encode()
-            self.out += b"X" + struct.pack("<I", len(raw)) + raw
-            self.keep(value)
+            self.memo[value] = self.count
+            self.name(value)
 
     def word(self, module: str, name: str) -> None:
         if not self.recall((module, name)):
@@ -141,7 +146,7 @@ def pickled(tensors: Sequence[StoredTensor]) -> bytes:
     for begin in range(0, len(items) + (len(items) > 1), BATCH):
         made.out += b"(" if len(items) > 1 else b""
         for name, tensor, key in items[begin : begin + BATCH]:
-            made.text(name)
+            made.name(name)
             made.tensor(tensor, key)
         made.out += b"u" if len(items) > 1 else b"s"
     return bytes(made.out + b".")

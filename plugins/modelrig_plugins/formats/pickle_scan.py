@@ -12,13 +12,12 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import NoneType
-from typing import Any
+from typing import Any, NamedTuple
 
 from attrs import define, field, frozen
 
 from modelrig.errors import FormatError, quoted
 
-MAX_PICKLE_BYTES = 300_000_000
 MAX_MARKS = 1000  # collections being put together, one within the other
 BYTES_PER_CONTAINER = 8  # what torch.save writes has twelve and more; each takes about 60 in memory
 FREE_CONTAINERS = 1000
@@ -27,8 +26,7 @@ MAX_GLOBAL_BYTES = 1024
 KEYS = frozenset({str, int})  # of these alone a hash is taken: that of a tuple may go as deep as the file wants
 
 
-@frozen
-class Storage:
+class Storage(NamedTuple):
     """A storage the pickle speaks of: record `data/<key>` of the archive, `numel` values of `dtype` (bytes where that is None)."""
 
     key: str
@@ -37,8 +35,7 @@ class Storage:
     unsupported: str | None = None  # the kind of tensor it is for
 
 
-@frozen
-class StoredView:
+class StoredView(NamedTuple):
     """A tensor: a view of a storage, counted in elements. Nothing of it has been checked yet."""
 
     storage: Storage
@@ -314,6 +311,7 @@ class _Machine:
         data, stack, marks = self.data, self.stack, self.marks
         memo: list[Any] = []
         room = FREE_CONTAINERS + len(data) // BYTES_PER_CONTAINER
+        too_many = Refusal("PK-LIMIT", f"more than {room:,} lists, tuples, dicts and calls in {len(data):,} bytes")
         at = next_ = 0
         try:
             while True:
@@ -353,17 +351,25 @@ class _Machine:
                     next_ += length
                 elif op == 0x85:  # TUPLE1
                     room -= 1
+                    if room < 0:
+                        raise too_many
                     stack[-1] = (stack[-1],)
                 elif op == 0x86:  # TUPLE2
                     room -= 1
+                    if room < 0:
+                        raise too_many
                     last = stack.pop()
                     stack[-1] = (stack[-1], last)
                 elif op == 0x87:  # TUPLE3
                     room -= 1
+                    if room < 0:
+                        raise too_many
                     last, middle = stack.pop(), stack.pop()
                     stack[-1] = (stack[-1], middle, last)
                 elif op == 0x74:  # TUPLE
                     room -= 1
+                    if room < 0:
+                        raise too_many
                     items, stack = stack, marks.pop()
                     stack.append(tuple(items))
                 elif op == 0x52:  # REDUCE
@@ -371,9 +377,13 @@ class _Machine:
                     if type(function) is not Global or function.make is None or type(arguments) is not tuple:
                         raise Refusal("PK-REDUCE", f"a call of {told(function)}")
                     room -= 1
+                    if room < 0:
+                        raise too_many
                     stack[-1] = function.make(arguments)
                 elif op == 0x51:  # BINPERSID
                     room -= 1
+                    if room < 0:
+                        raise too_many
                     stack[-1] = _storage(stack[-1])
                 elif op == 0x4D:  # BININT2
                     stack.append(_UINT2.unpack_from(data, next_)[0])
@@ -403,9 +413,13 @@ class _Machine:
                     _set_items(stack[-1], [key, value])
                 elif op == 0x7D:  # EMPTY_DICT
                     room -= 1
+                    if room < 0:
+                        raise too_many
                     stack.append({})
                 elif op == 0x5D:  # EMPTY_LIST
                     room -= 1
+                    if room < 0:
+                        raise too_many
                     stack.append([])
                 elif op == 0x61:  # APPEND
                     value = stack.pop()
@@ -447,7 +461,5 @@ class _Machine:
                     return stack.pop()
                 else:
                     raise Refusal("PK-OPCODE", f"the opcode {REFUSED.get(op, 'of no name')} is not among those torch.save writes")
-                if room < 0:
-                    raise Refusal("PK-LIMIT", f"more than {FREE_CONTAINERS + len(data) // BYTES_PER_CONTAINER:,} collections")
         finally:  # for the message, if there is one
             self.at, self.stack = at, stack

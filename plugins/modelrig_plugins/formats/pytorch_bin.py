@@ -19,13 +19,14 @@ from modelrig.components import Catalog, Snapshot, StoredTensor
 from modelrig.errors import FormatError
 from modelrig_plugins.formats.bin_tensors import entries_of
 from modelrig_plugins.formats.bin_writer import archive_bytes, write_archive
-from modelrig_plugins.formats.pickle_scan import MAX_PICKLE_BYTES, scan
+from modelrig_plugins.formats.pickle_scan import scan
 from modelrig_plugins.formats.zip_scan import layer_of, read_records
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 NAME = "pytorch_bin"
+PICKLE_BYTES, PICKLE_BYTES_PER_RECORD = 1 << 24, 1 << 10  # the most a pickle may have; torch.save writes 100 to 300 for a tensor
 FILES = FileNames("pytorch_model", ".bin")
 #: what trainers leave beside the weights under the same suffix; never opened
 NOT_WEIGHTS = frozenset({"training_args.bin", "optimizer.bin", "scheduler.bin", "scaler.bin", "sampler.bin"})
@@ -91,8 +92,9 @@ def read_header(path: Path, *, size: int | None = None, file: int = 0) -> Header
         if order is not None and read_at(descriptor, min(order.nbytes, 16), order.offset, path) != b"little":
             raise FormatError("ZP-ORDER", "its numbers are not little-endian", path=path, locus=f"{layer}byteorder")
         pickle = records[f"{layer}data.pkl"]
-        if pickle.nbytes > MAX_PICKLE_BYTES:
-            reason = f"its pickle has {pickle.nbytes:,} bytes; at most {MAX_PICKLE_BYTES:,} are accepted"
+        most = PICKLE_BYTES + PICKLE_BYTES_PER_RECORD * len(records)
+        if pickle.nbytes > most:
+            reason = f"its pickle has {pickle.nbytes:,} bytes; at most {most:,} are accepted beside {len(records):,} records"
             raise FormatError("PK-LIMIT", reason, path=path)
         data = read_at(descriptor, pickle.nbytes, pickle.offset, path)
         if zlib.crc32(data) != pickle.crc:

@@ -8,11 +8,12 @@ Nothing is allocated by a number that was not checked against the size of the fi
 from __future__ import annotations
 
 import os
+import re
 import struct
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from attrs import frozen
 
@@ -33,11 +34,11 @@ LOCAL_MARK, CENTRAL_MARK, END_MARK, END64_MARK, LOCATOR64_MARK = b"PK\3\4", b"PK
 FULL16, FULL32 = 0xFFFF, 0xFFFFFFFF  # "look in the zip64 field"
 ENCRYPTED, SIZES_FOLLOW, UTF8 = 1, 8, 0x800
 _OTHER_FLAGS = ~(ENCRYPTED | SIZES_FOLLOW | UTF8)
+_PLAIN_NAME = re.compile(rb"\w[\w-]{0,99}/(?:data/\d{1,20}|\w{1,99}(?:\.pkl)?)")  # what nearly every record is called
 _AGAIN = "an interrupted download or copy? fetch it again"
 
 
-@frozen
-class Record:
+class Record(NamedTuple):
     """Bytes `[offset, offset + nbytes)` of the file; `crc` is what the directory says of them."""
 
     offset: int
@@ -61,13 +62,14 @@ def _require_zip(head: bytes, size: int, path: Path) -> None:
         return
     if size == 0:
         raise FormatError("ZP-MAGIC", "0 bytes", path=path, hint=_AGAIN)
-    convert = "load and save it again with torch, in a process that may be harmed: reading such a file can run code in it"
+    convert = "convert it with torch.save(torch.load(file, weights_only=True), file)"
     if head[:1] == b"\x80" and head[1:2] <= b"\5":
         reason = "a pickle without an archive, as torch.save wrote before version 1.6; its data cannot be read without executing it"
         raise FormatError("PK-LEGACY", reason, path=path, hint=convert)
     if head[257:262] == b"ustar":
-        raise FormatError("PK-LEGACY", "a tar archive, as torch.save wrote before version 0.1.10", path=path, hint=convert)
-    kind, hint = looks_like(head) or ("something else", None)
+        hint = "convert it where no harm can be done, since reading it can run code, with torch.load(file, weights_only=False)"
+        raise FormatError("PK-LEGACY", "a tar archive, as torch.save wrote before version 0.1.10", path=path, hint=hint)
+    kind, hint = looks_like(head) or ("nothing that is known here", None)
     if not any(head):
         kind, hint = "zeros", _AGAIN
     raise FormatError("ZP-MAGIC", f"not the zip archive that torch.save writes; it looks like {kind}", path=path, hint=hint)
@@ -156,6 +158,8 @@ class _Walk:
                 nbytes, packed, header = field
             if flags & ENCRYPTED:
                 raise self.problem("ZP-CRYPT", "is encrypted", name)
+            if method != 0 and b"/constants.pkl" in directory:  # TorchScript compresses its code
+                raise _torchscript(self.path)
             if method != 0 or packed != nbytes:
                 raise self.problem("ZP-METHOD", f"is compressed (method {method}); torch.save stores", name, _REPACK)
             if flags & _OTHER_FLAGS or disk or needed > 45:
@@ -180,6 +184,8 @@ class _Walk:
         return FormatError(code, reason, path=self.path, locus=name, hint=hint)
 
     def name(self, raw: bytes) -> str:
+        if _PLAIN_NAME.fullmatch(raw):
+            return raw.decode()
         if len(raw) > MAX_NAME_BYTES:
             raise self.problem("ZP-NAME", f"the name of a record has {len(raw):,} bytes; at most {MAX_NAME_BYTES:,} are accepted")
         try:
@@ -246,6 +252,11 @@ def _zip64(extra: bytes, short: tuple[int, int, int]) -> tuple[int, int, int] | 
     return None
 
 
+def _torchscript(path: Path) -> FormatError:
+    hint = "load it with torch.jit.load and save its state_dict() with torch.save"
+    return FormatError("PK-LEGACY", "a TorchScript archive: a program, not tensors", path=path, hint=hint)
+
+
 def layer_of(records: Mapping[str, Record], path: Path) -> str:
     """The folder all records of a checkpoint lie in, with its slash: "archive/".
 
@@ -258,8 +269,7 @@ def layer_of(records: Mapping[str, Record], path: Path) -> str:
         raise FormatError("ZP-PICKLE", f"{there}: not what torch.save writes", path=path)
     layer = pickles[0].removesuffix("data.pkl")
     if f"{layer}constants.pkl" in records or any(name.startswith(f"{layer}code/") for name in records):
-        hint = "load it with torch.jit.load and save its state_dict() with torch.save"
-        raise FormatError("PK-LEGACY", "a TorchScript archive: a program, not tensors", path=path, hint=hint)
+        raise _torchscript(path)
     if stray := [name for name in records if not name.startswith(layer)]:
         raise FormatError("ZP-NAME", f"lies beside the folder {quoted(layer)} that torch.save makes", path=path, locus=stray[0])
     return layer
