@@ -6,7 +6,7 @@ import pytest
 from attrs import evolve
 
 import rigs
-from modelrig.components import Catalog, ModelFacts, Parameter, TensorEntry, TensorFile, TensorSpec
+from modelrig.components import Catalog, ModelFacts, Parameter, Part, TensorEntry, TensorFile, TensorSpec
 from modelrig.planning import ledger as ledger_module
 from modelrig.planning.ledger import (
     ACTIVATIONS,
@@ -14,15 +14,19 @@ from modelrig.planning.ledger import (
     GPU_CONTEXT,
     MAPPED,
     MOMENTS,
+    ON_DISK,
     PIECE_BYTES,
     PREFILL_TOKENS,
+    SLOTS,
     STAGING,
     WEIGHTS,
     Account,
     Ledger,
     Weights,
     activation_bytes,
+    add_up,
     weigh,
+    weigh_each,
 )
 from rigs import facts, spec
 
@@ -85,6 +89,73 @@ def test_linear_weights_are_what_the_quantizer_makes_of_them() -> None:
 
     weights = weigh(facts(), stored(facts()), Halves, None, "float32", "cpu")
     assert Weights(mapped=EMBED, allocated=2 * (128 * 64 + 128 * 4), staging=UP) == weights
+
+
+def test_parameters_that_are_put_together_of_parts_are_copied_and_one_that_is_a_whole_tensor_is_not() -> None:
+    halves = tuple(Part(f"half.{i}", (64, 64), into=((64 * i, 64 * i + 64), (0, 64))) for i in range(2))
+    parameters = (
+        Parameter("joined", (128, 64), "linear", None, parts=halves),
+        Parameter("first", (32, 64), "linear", None, parts=(Part("wide", (64, 64), taken=((0, 32), (0, 64))),)),
+        Parameter("turned", (64, 32), "linear", None, parts=(Part("tall", (32, 64), order=(1, 0)),)),
+        Parameter("as_it_is", (16, 64), "linear", None, parts=(Part("plain", (16, 64)),)),
+    )
+    shapes = {"half.0": (64, 64), "half.1": (64, 64), "wide": (64, 64), "tall": (32, 64), "plain": (16, 64)}
+    entries, start = {}, 0
+    for name, (rows, columns) in shapes.items():
+        entries[name] = TensorEntry(name, "float32", (rows, columns), 0, start, 4 * rows * columns)
+        start += 4 * rows * columns
+    catalog = Catalog(format="made_up", files=(), entries=entries)
+    weights = weigh(facts(parameters=parameters, ties={}), catalog, rigs.Plain, None, "float32", "cpu")
+    assert Weights(mapped=4 * 16 * 64, allocated=4 * 64 * (128 + 32 + 32), staging=4 * 64 * 64) == weights
+
+
+def test_a_tensor_that_is_stored_in_another_order_is_copied() -> None:
+    catalog = stored(facts())
+    entries = {name: evolve(entry, strides=(1, entry.shape[0])) for name, entry in catalog.entries.items()}
+    weights = weigh(facts(), evolve(catalog, entries=entries), rigs.Plain, None, "float32", "cpu")
+    assert (0, EMBED + 2 * UP) == (weights.mapped, weights.allocated)
+
+
+def test_bytes_are_added_up_where_parameters_are() -> None:
+    each = list(weigh_each(facts(), stored(facts()), rigs.Plain, None, "float32"))
+    where = {"embed": "cuda:0", "head": "cuda:0", "layers.0.up": "cpu", "layers.1.up": "disk"}
+    expected = {
+        "cuda:0": Weights(mapped=0, allocated=EMBED, staging=EMBED),
+        "cpu": Weights(mapped=UP, allocated=0, staging=0),
+        "disk": Weights(mapped=0, allocated=UP, staging=UP),
+    }
+    assert expected == add_up(each, "cuda:0", where)
+
+
+def test_what_is_streamed_stands_on_disk_and_in_slots_and_not_in_the_peak_of_loading() -> None:
+    on_disk = Weights(mapped=0, allocated=700, staging=90)
+    ledger = account(elsewhere={"disk": on_disk}, slots=400).draw(16, 1)
+    assert {ON_DISK: 700} == {line.what: line.bytes for line in ledger if line.device == "disk" and line.moment == "run"}
+    assert [1800, 1900] == [ledger.total(moment, "cpu") for moment in MOMENTS[:2]]
+    assert 400 == lines(ledger, "run")[SLOTS]
+    assert ("cpu", "disk") == ledger.devices
+
+
+def test_pages_that_copies_replace_are_needed_where_no_copies_are_made() -> None:
+    one = account(weights=Weights(mapped=1000, allocated=0, staging=0, copies=1100, replaced=900), facts=facts(layers=()))
+    ledger, rest = one.draw(1, 1), activation_bytes(facts(layers=()), 1, 1, "float32")
+    assert [100 + 1100 + rest, 1000 + rest, rest] == [
+        ledger.peak("cpu", with_mapped=True),
+        ledger.peak("cpu", with_mapped=True, with_copies=False),
+        ledger.peak("cpu", with_mapped=False),
+    ]
+
+
+def test_what_a_device_needs_beside_weights_is_kept_for_it() -> None:
+    one = account(device="cuda:0")
+    cache, activations = one.cache_bytes(16, 1), activation_bytes(facts(), 1, 16, "float32")
+    context = ledger_module.GPU_CONTEXT_BYTES
+    assert [context + cache + activations, context + activations, 300, 0] == [
+        one.reserve("cuda:0", 16, 1),
+        one.reserve("cuda:1", 16, 1),
+        one.reserve("cpu", 16, 1),
+        one.reserve("disk", 16, 1),
+    ]
 
 
 def account(**changes: object) -> Account:

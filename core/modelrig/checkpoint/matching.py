@@ -24,7 +24,8 @@ def match(facts: ModelFacts, catalog: Catalog, root: Path) -> None:
             used.add(name)
             entry = entries.get(name)
             if entry is not None and entry.shape != part.shape:
-                misshapen.append(f"{name}: stored as {list(entry.shape)}, the config asks for {list(part.shape)}")
+                text = f"{name}: stored as {list(entry.shape)}, the config asks for {list(part.shape)}"
+                misshapen += [text] if is_new or text not in misshapen else []
             elif entry is None and is_new:
                 missing.append(name)
     unexpected = [name for name in entries if name not in used]
