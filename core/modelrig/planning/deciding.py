@@ -121,7 +121,7 @@ def _by_strategy(at: Situation, strategy: str, desk: Desk) -> Decision:
         if broken is None:
             return _whole(at, desk, negotiated, account)
         device, needed, limit = broken
-        too_much = f"all on {at.device} would take {human(needed)} of {device}, which has {human(limit.bytes)} ({limit.why})"
+        too_much = f"with everything on {at.device}, {device} would need {human(needed)}; it has {human(limit.bytes)} ({limit.why})"
     try:
         decision = _spread(at, strategy, desk, negotiated, places)
         return evolve(decision, notes=(*([too_much] if too_much else []), *decision.notes))
