@@ -51,6 +51,19 @@ def test_inspect_does_without_a_config(capsys: pytest.CaptureFixture[str], edite
     assert (0, {}) == (code, json.loads(out)["config"])
 
 
+def test_inspect_and_plan_take_a_variant(capsys: pytest.CaptureFixture[str], edited_checkpoint: Callable[..., Path]) -> None:
+    folder = edited_checkpoint()
+    (folder / "model.safetensors").rename(folder / "model.fp16.safetensors")
+    for command in ("inspect", "plan"):
+        assert 1 == main([command, str(folder)])
+        assert "--variant fp16" in capsys.readouterr().err
+        assert 0 == main([command, str(folder), "--variant", "fp16", "--json"])
+        document = json.loads(capsys.readouterr().out)
+    assert {"value": "fp16", "origin": "argument"} == document["request"]["variant"]
+    assert 2 == main(["inspect", str(folder), "--variant", "../x"])
+    assert "RQ-VALUE" in capsys.readouterr().err
+
+
 def test_inspect_of_nothing_is_one_typed_error(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     code, out, err = inspect(capsys, tmp_path)
     assert (1, "") == (code, out)

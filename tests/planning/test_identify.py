@@ -21,6 +21,7 @@ from modelrig.planning.identify import (
     resolve,
 )
 from modelrig.registry import Registry, current
+from tensorfiles import write_valid
 
 
 class Claims:
@@ -225,3 +226,108 @@ def test_an_id_that_is_none_is_one_typed_error(tmp_path: Path) -> None:
 def test_a_folder_without_a_config_is_one_typed_error(tmp_path: Path) -> None:
     error = refused(read_config, Snapshot(reference="x", root=tmp_path, source="local"))
     assert ("CF-MISSING", str(tmp_path / "config.json")) == (error.code, error.path)
+
+
+# ------------------------------------------------------------------------------------------------ several formats, and variants
+
+
+class Holds(Silent):
+    @staticmethod
+    def claims(subject: Any) -> str | None:
+        return "its file"
+
+    @staticmethod
+    def catalog(snapshot: Snapshot) -> Catalog:
+        return Catalog(format="made up", files=(), entries={}, notes=("its own",))
+
+
+rigs.Holds = Holds  # type: ignore[attr-defined]
+
+
+def yielding(**formats: set[str]) -> Registry:
+    made = [
+        Format(name=name, summary="", planner="rigs:Holds", implementation="rigs:none", yields_to=others)
+        for name, others in formats.items()
+    ]
+    return rigs.registry(*made)
+
+
+NOWHERE = Snapshot(reference="x", root=Path("nowhere"), source="local")
+
+
+@pytest.mark.parametrize(
+    ("formats", "firm", "soft"),
+    [
+        ({"a": set(), "b": {"a"}}, "a", "b"),
+        ({"b": {"a"}, "a": set()}, "a", "b"),
+        ({"a": set(), "b": {"a"}, "c": {"a", "b"}}, "a", "c"),
+        ({"a": set(), "b": {"a"}, "c": {"b"}}, "a", "c"),
+        ({"b": {"a"}}, "b", "b"),
+        ({"a": set()}, "a", "a"),
+    ],
+)
+def test_a_format_that_yields_leaves_the_claim_unless_the_yielding_one_is_asked_for(
+    formats: dict[str, set[str]], firm: str, soft: str
+) -> None:
+    registry = yielding(**formats)
+    assert firm == catalog(NOWHERE, registry)[0].registered.name
+    assert soft == catalog(NOWHERE, registry, prefer_yielding=True)[0].registered.name
+
+
+def test_what_another_format_would_have_read_is_noted() -> None:
+    _, found = catalog(NOWHERE, yielding(a=set(), b={"a"}))
+    assert ("its own", "its file is not used: b yields to a") == found.notes
+    _, found = catalog(NOWHERE, yielding(a=set(), b={"a"}), prefer_yielding=True)
+    assert "its file is not used: b was asked for" == found.notes[1]
+
+
+@pytest.mark.parametrize("formats", [{"a": set(), "b": set()}, {"a": {"b"}, "b": {"a"}}, {"a": set(), "b": {"a"}, "c": set()}])
+def test_claims_that_no_yielding_settles_are_an_error(formats: dict[str, set[str]]) -> None:
+    assert "SR-CLAIMS" == refused(catalog, NOWHERE, yielding(**formats)).code
+
+
+def test_safetensors_goes_before_a_bin_file_which_is_then_never_opened(tmp_path: Path) -> None:
+    write_valid(tmp_path / "model.safetensors", a=("F32", [1]))
+    (tmp_path / "pytorch_model.bin").write_bytes(b"whatever it is")
+    snapshot = Snapshot(reference="x", root=tmp_path, source="local")
+    chosen, found = catalog(snapshot, current())
+    assert ("safetensors", ["a"]) == (chosen.registered.name, list(found.entries))
+    assert ("pytorch_model.bin is not used: pytorch_bin yields to safetensors",) == found.notes
+    with pytest.raises(ModelrigError) as caught:
+        catalog(snapshot, current(), prefer_yielding=True)
+    assert ("ZP-MAGIC", str(tmp_path / "pytorch_model.bin")) == (caught.value.code, caught.value.path)
+
+
+def test_a_variant_is_read_where_it_is_asked_for_and_told_where_nothing_else_is(tmp_path: Path) -> None:
+    def made(variant: str | None) -> Any:
+        return catalog(Snapshot(reference="x", root=tmp_path, source="local", variant=variant), current())
+
+    write_valid(tmp_path / "model.fp16.safetensors", a=("F16", [1]))
+    assert "float16" == made("fp16")[1].entries["a"].dtype
+    error = refused(made, None)
+    assert ("SR-FORMAT", str(tmp_path)) == (error.code, error.path)
+    assert "of a variant: fp16" in error.reason
+    assert "--variant fp16" in str(error.hint)
+    error = refused(made, "bf16")
+    assert "no tensor files of the variant 'bf16'; variants there: fp16" in error.reason
+    assert "did you mean 'fp16'" in str(error.hint)
+    write_valid(tmp_path / "model.safetensors", a=("F32", [1]))
+    assert ("float32", "float16") == (made(None)[1].entries["a"].dtype, made("fp16")[1].entries["a"].dtype)
+    assert "and files without a mark" in refused(made, "bf16").reason
+
+
+def test_a_source_that_fetches_is_told_the_variant_and_every_snapshot_bears_it() -> None:
+    class Fetches(Claims):
+        @staticmethod
+        def resolve(reference: str) -> Snapshot:
+            return Snapshot(reference=reference, root=Path("plain"), source="shop")
+
+        @staticmethod
+        def resolve_variant(reference: str, variant: str) -> Snapshot:
+            return Snapshot(reference=reference, root=Path(variant), source="shop")
+
+    rigs.Fetches = Fetches  # type: ignore[attr-defined]
+    registry = rigs.registry(source("shop", "Fetches"))
+    assert [("plain", None), ("fp16", "fp16")] == [
+        (str(one.root), one.variant) for one in (resolve("x", registry)[1], resolve("x", registry, "fp16")[1])
+    ]

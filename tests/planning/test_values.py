@@ -136,6 +136,17 @@ def test_max_memory_is_one_limit_or_one_for_each_device() -> None:
     assert {"cuda:0": 1000, "cpu": 2000} == values.max_memory({0: "1kB", "cpu": 2000})
 
 
+@pytest.mark.parametrize(("written", "variant"), [("fp16", "fp16"), ("non_ema-2", "non_ema-2"), (8, "8")])
+def test_a_variant_is_a_short_name(written: object, variant: str) -> None:
+    assert variant == values.variant(written)
+
+
+@pytest.mark.parametrize("written", ["", "a.b", "../x", "a/b", "fp16\n", "é", "x" * 65, True, 1.5, -1 << 400, None, ["fp16"]])
+def test_other_variants_are_refused(written: object) -> None:
+    with pytest.raises(ValueError, match="short name"):
+        values.variant(written)
+
+
 @pytest.mark.parametrize("written", [0, -3, True, 1.0, "many", 1 << 31, None])
 def test_counts_are_whole_numbers_from_one_on(written: object) -> None:
     for parse in (values.context, values.batch):

@@ -54,7 +54,7 @@ class FileNames:
 
     def _match(self, name: str) -> re.Match[str] | None:
         mark, stem, suffix = r"\.[^./]+", re.escape(self.stem), re.escape(self.suffix)
-        single = rf"{stem}(?P<mark>{mark})?(-\d{{5,}}-of-\d{{5,}})?{suffix}"
+        single = rf"{stem}(?P<mark>{mark}?)?(-\d{{5,}}-of-\d{{5,}})?{suffix}"
         return re.fullmatch(rf"{single}|{stem}{suffix}\.index(?P<index_mark>{mark})?\.json", name)
 
 

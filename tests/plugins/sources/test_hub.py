@@ -24,7 +24,7 @@ CLIENT = """
 import json, sys
 from pathlib import Path
 sys.modules["torch"] = None
-from attrs import asdict
+from attrs import asdict, evolve
 from modelrig.errors import ModelrigError
 from modelrig_plugins.formats.safetensors import SafetensorsPlanner
 from modelrig_plugins.sources.hub import HubPlanner
@@ -40,10 +40,11 @@ def told(snapshot):
         "beside": [str(folder) for _, folder in snapshot.headers.values()],
     }
 
-reference, meanwhile = sys.argv[1], sys.argv[3:]
+(reference, _, variant), meanwhile = sys.argv[1].partition("#"), sys.argv[3:]
 answer = {}
 try:
-    planned = HubPlanner.resolve(reference)
+    planned = HubPlanner.resolve_variant(reference, variant) if variant else HubPlanner.resolve(reference)
+    planned = evolve(planned, variant=variant or None)
     answer["planned"] = told(planned)
     if sys.argv[2] == "fetch":
         if meanwhile:
@@ -66,7 +67,7 @@ def hub():
 
 @pytest.fixture
 def client(tmp_path):
-    """`client(reference, action, **variables)`: what a fresh process with this cache says."""
+    """`client(reference, action, **variables)`: what a fresh process with this cache says. "org/model#fp16" asks for a variant."""
 
     def ask(reference: str, action: str = "plan", *meanwhile: Path, hub: Hub | None = None, **variables: str) -> dict[str, Any]:
         kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGINGFACE"))}
@@ -321,6 +322,64 @@ def test_a_repository_without_safetensors_is_said_to_have_none_and_what_it_has(h
     error = client(NAME, hub=hub)["error"]
     assert ("SR-FETCH", True) == (error["code"], "pytorch_model.bin" in error["reason"])
     assert 0 == hub.sent(".bin")
+
+
+# ---------------------------------------------------------------------------------------------- variants
+
+
+@pytest.fixture
+def variants(repository):
+    """The repository, with its tensors in half the bytes too, as one file and as a sharded one."""
+    write_valid(repository / "model.fp16.safetensors", a=("F16", [2, 3]), b=("F16", [50]))
+    shard = "model.bf16-00001-of-00001.safetensors"
+    write_valid(repository / shard, a=("BF16", [2, 3]))
+    (repository / "model.safetensors.index.bf16.json").write_text(json.dumps({"weight_map": {"a": shard}}))
+    return repository
+
+
+@pytest.mark.parametrize(("variant", "dtype"), [("fp16", "float16"), ("bf16", "bfloat16")])
+def test_only_the_files_of_a_variant_are_planned_and_fetched(hub, client, variants, variant, dtype):
+    hub.add(NAME, variants, "main")
+    told = client(f"{NAME}#{variant}", "fetch", hub=hub)
+    assert {dtype} <= {entry["dtype"] for entry in told["planned"]["entries"]} == {dtype}
+    assert (False, True) == (told["planned"]["complete"], told["fetched"]["complete"])
+    assert [name for name in told["fetched"]["files"] if name.endswith(".safetensors")] == [
+        path.name for path in variants.glob(f"model.{variant}*.safetensors")
+    ]
+    offline = client(f"{NAME}#{variant}", "fetch")
+    assert told["fetched"]["entries"] == offline["planned"]["entries"]
+    assert "SR-FETCH" == client(NAME)["error"]["code"]  # the files without a mark were never fetched
+    plain = client(NAME, hub=hub)["planned"]
+    assert (False, {"float32", "bfloat16", "uint8"}) == (plain["complete"], {entry["dtype"] for entry in plain["entries"]})
+
+
+def test_a_variant_the_repository_lacks_is_told_with_those_it_has(hub, client, variants):
+    hub.add(NAME, variants, "main")
+    error = client(f"{NAME}#fp8", hub=hub)["error"]
+    assert ("SR-FETCH", "ask for a variant that is there: bf16, fp16") == (error["code"], error["hint"])
+    for path in (*variants.glob("model-*"), variants / "model.safetensors.index.json", variants / "pytorch_model.bin"):
+        path.unlink()
+    assert "bf16, fp16" in client(NAME, hub=hub)["error"]["hint"]
+
+
+def test_a_bin_checkpoint_that_was_downloaded_is_planned_without_fetching(hub, client, tmp_path, repository):
+    from huggingface_hub.file_download import repo_folder_name
+
+    for path in repository.glob("model*"):
+        path.unlink()
+    commit = hub.add(NAME, repository, "main")
+    assert "SR-FETCH" == client(NAME, hub=hub)["error"]["code"]
+    folder = tmp_path / "home" / "hub" / repo_folder_name(repo_id=NAME, repo_type="model") / "snapshots" / commit
+    (folder / "pytorch_model.bin").write_bytes((repository / "pytorch_model.bin").read_bytes())
+    (repository / "training_args.bin").write_bytes(b"never fetched")
+    code = f"""
+import sys; sys.modules["torch"] = None
+from modelrig_plugins.sources.hub import HubPlanner
+print(HubPlanner.resolve({NAME!r}).complete)
+"""
+    surroundings = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=surroundings, check=False)
+    assert "True" == done.stdout.strip(), done.stderr
 
 
 # ---------------------------------------------------------------------------------------------- a cache made by hand
