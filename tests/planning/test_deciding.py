@@ -79,8 +79,18 @@ def test_what_main_memory_does_not_take_stays_on_disk_and_the_ledger_says_what_t
     assert limit == plan.ledger.total("run", "cpu")
     assert any("are brought to cpu in each step" in note for note in plan.notes)
     assert any("max_memory by argument" in note for note in plan.notes)
-    less = plan_of(deep, max_memory={"cpu": limit - 1})
-    assert 6 == len(streamed_blocks(less))
+
+
+def test_embeddings_are_looked_up_on_disk_before_another_block_is_streamed(deep: Path) -> None:
+    limit = tight(deep, 5) - 1
+    plan = plan_of(deep, max_memory={"cpu": limit})
+    assert ([1, 3, 5, 7, 9], "disk") == (streamed_blocks(plan), plan.device_map["model.embed_tokens"])
+    assert 2 * block_bytes(plan) == lines(plan, "cpu")[SLOTS]
+    assert any(note.startswith("embeddings of 6.14 kB") for note in plan.notes)
+    # where they are cast they cannot be looked up in the file
+    cast = plan_of(deep, dtype="bfloat16", max_memory={"cpu": limit // 2})
+    assert "cpu" == cast.device_map["model.embed_tokens"]
+    assert 5 < len(streamed_blocks(cast))
 
 
 def test_sequential_keeps_the_first_blocks(deep: Path) -> None:

@@ -117,6 +117,19 @@ def test_what_stands_beside_a_block_counts_where_it_runs() -> None:
         spread(weights, machine(50), blocks=blocks, beside=beside)
 
 
+def test_a_table_that_is_only_looked_up_goes_first_and_needs_no_slot() -> None:
+    weights, blocks = transformer()
+    weights[0] = Weight(weights[0].name, 100, lookup=True)
+    placed = spread(weights, machine(cpu=221), blocks=blocks)
+    assert {"disk": 100, "cpu": 221} == placed.totals
+    assert ("disk", 100, 0) == (placed.device_map["model.embed_tokens"], placed.looked_up, placed.slots)
+    more = spread(weights, machine(cpu=220), blocks=blocks)
+    assert ({"disk": 130, "cpu": 191}, 20) == (more.totals, more.slots)
+    # a few blocks that go anyhow make room for a small table
+    weights[0] = Weight(weights[0].name, 5, lookup=True)
+    assert "cpu" == spread(weights, machine(cpu=206), blocks=blocks).device_map["model.embed_tokens"]
+
+
 # ------------------------------------------------------------------------------------------------ what is in the way
 
 
@@ -191,7 +204,11 @@ def modules(draw: st.DrawFn) -> tuple[list[Weight], list[str]]:
         names.append("scale")
     ties = {name: draw(st.sampled_from(["x", "y"])) for name in draw(st.lists(st.sampled_from(names), max_size=4))} if names else {}
     sizes = {tie: draw(st.integers(0, 30)) for tie in ("x", "y")}
-    weights = [Weight(name, sizes[tie] if (tie := ties.get(name)) else draw(st.integers(0, 30)), ties.get(name)) for name in names]
+    lookups = set(draw(st.lists(st.sampled_from(names), max_size=2))) - set(ties) if names else set()
+    weights = [
+        Weight(name, sizes[tie] if (tie := ties.get(name)) else draw(st.integers(0, 30)), ties.get(name), name in lookups)
+        for name in names
+    ]
     return weights, blocks
 
 

@@ -24,7 +24,7 @@ from modelrig.planning.placement import Device, Placed, Weight, main_of, placed_
 from modelrig.planning.placement_maps import read_map
 from modelrig.planning.places import Placement, tiers
 from modelrig.planning.request import Request
-from modelrig.planning.units import is_gpu
+from modelrig.planning.units import CPU, DISK, is_gpu
 from modelrig.planning.values import AUTO
 from modelrig.registry import Registry
 from modelrig.registry.ledger import cause
@@ -88,6 +88,7 @@ def decide(situation: Situation, placement: Placement, desk: Desk) -> Decision:
     return _by_strategy(situation, placement.strategy, desk)
 
 
+LOOKED_UP = "embedding"  # the role of weights of which a step needs few rows
 Offers = Iterable[tuple[str, Account]]  # rigs that a hint may suggest, made when they are looked at
 
 
@@ -180,9 +181,13 @@ def _decision(
 
 def _streaming_notes(placed: Placed | None) -> Iterator[str]:
     if placed is not None and placed.streamed:
-        parts = " and ".join(f"{human(placed.totals[name])} from {name}" for name in placed.streamed)
+        sizes = {name: placed.totals[name] - (placed.looked_up if name == DISK else 0) for name in placed.streamed}
+        parts = " and ".join(f"{human(size)} from {name}" for name, size in sizes.items())
         total = human(sum(placed.totals.values()))
-        yield f"of {total} of weights, {parts} are brought to {placed.main} in each step, the next block while one computes"
+        if any(sizes.values()):
+            yield f"of {total} of weights, {parts} are brought to {placed.main} in each step, the next block while one computes"
+    if placed is not None and placed.looked_up:
+        yield f"embeddings of {human(placed.looked_up)} stay on disk; the rows that are needed are looked up there"
 
 
 # ------------------------------------------------------------------------------------------------ places
@@ -207,7 +212,10 @@ def _placed(at: Situation, strategy: str, desk: Desk, negotiated: Negotiated, pl
 def _weights(at: Situation, desk: Desk, negotiated: Negotiated) -> list[Weight]:
     facts = desk.checkpoint.facts
     sizes = {one.parameter.name: one.size + one.beside for one in desk.weighed(at, negotiated)}
-    return [Weight(name, sizes[facts.ties.get(name, name)], _tie(facts, name)) for name in sizes]
+    # A GPU cannot look into a mapped file.
+    lookups = {one.parameter.name for one in desk.weighed(at, negotiated) if one.is_view and one.parameter.role == LOOKED_UP}
+    lookups = lookups.difference(facts.ties.values()) if at.device == CPU else set()
+    return [Weight(name, sizes[facts.ties.get(name, name)], _tie(facts, name), name in lookups) for name in sizes]
 
 
 def _tie(facts: ModelFacts, name: str) -> str | None:

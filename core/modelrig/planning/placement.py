@@ -24,7 +24,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 
 from modelrig.errors import PlanError, RequestError, quoted
 from modelrig.planning import values
@@ -44,6 +44,7 @@ class Placed:
         device_map: the same as Hugging Face writes it: names of modules, as few as will do, in execution order.
         main: the device that runs what is streamed, and everything if there is only one that runs.
         totals: device → bytes of the weights on it, ties once.
+        looked_up: bytes of what is on disk and only looked up.
         slot: bytes of the largest block or module that is streamed; 0 if none is.
         slots: bytes that streaming takes on `main`: two such slots, one where only one is streamed.
     """
@@ -52,6 +53,7 @@ class Placed:
     device_map: Mapping[str, str]
     main: str
     totals: Mapping[str, int]
+    looked_up: int
     slot: int
     slots: int
 
@@ -147,7 +149,8 @@ def placed_by(where: Mapping[str, str], weights: Sequence[Weight], blocks: Colle
         if weight.tie is not None:
             seen.add(weight.tie)
         totals[where[weight.name]] = totals.get(where[weight.name], 0) + size
-    away = [weight for weight in weights if not runs(where[weight.name], main)]
+    looked_up = sum(weight.bytes for weight in weights if weight.lookup and not runs(where[weight.name], main))
+    away = [weight for weight in weights if not weight.lookup and not runs(where[weight.name], main)]
     sizes = streamed_bytes(away, owners_of(away, blocks)).values()
     slot = max(sizes, default=0)
     return Placed(
@@ -155,6 +158,7 @@ def placed_by(where: Mapping[str, str], weights: Sequence[Weight], blocks: Colle
         device_map=coarse(where) or {"": main},
         main=main,
         totals=totals or {main: 0},
+        looked_up=looked_up,
         slot=slot,
         slots=slot * min(SLOTS, len(sizes)),
     )
@@ -170,4 +174,4 @@ def _tied(weights: Sequence[Weight], ties: Iterable[Collection[str]]) -> Sequenc
         if weight.tie is not None:
             by_tie.setdefault(weight.tie, []).append(weight.name)
     root = join([*groups, *by_tie.values()])
-    return [Weight(weight.name, weight.bytes, root.get(weight.name)) for weight in weights]
+    return [evolve(weight, tie=root.get(weight.name)) for weight in weights]

@@ -170,7 +170,7 @@ def _ways(task: Task, strategy: str) -> list[tuple[str, ...]]:
 def _streamed(task: Task, devices: Sequence[str]) -> tuple[int, int]:
     """Bytes on disk, and bytes streamed."""
     resident = {device.name for device in task.running}
-    rows = [(unit.bytes, device) for unit, device in zip(task.units, devices, strict=True)]
+    rows = [(unit.bytes, device) for unit, device in zip(task.units, devices, strict=True) if not unit.is_lookup]
     return sum(size for size, device in rows if device == DISK), sum(size for size, device in rows if device not in resident)
 
 
@@ -203,18 +203,31 @@ def evenly(task: Task) -> tuple[str, ...] | None:
     """With one device that runs: the fewest bytes are streamed, blocks before other units, and blocks at even distances."""
     (main,) = task.running
     best: tuple[str, ...] | None = None
+    lookups = [place for place, unit in enumerate(task.units) if unit.is_lookup]
     for slot in sorted({unit.slot for unit in task.units}):
         needed = task.costs[-1] + SLOTS * slot - room(main)
         blocks = [place for place, unit in enumerate(task.units) if unit.is_block and unit.slot <= slot]
-        others = [place for place, unit in enumerate(task.units) if not unit.is_block and unit.slot <= slot]
+        others = [place for place, unit in enumerate(task.units) if not unit.is_block and not unit.is_lookup and unit.slot <= slot]
         # What stands beside a unit stays on the device that runs it, the only one, so only weights are won.
-        away = _choose(task.units, blocks, others, needed)
+        away = _choose(task.units, blocks, others, needed - sum(task.units[place].bytes for place in lookups))
+        away = None if away is None else _with_lookups(task.units, away, lookups, needed)
         devices = None if away is None else _lower(task, away, main.name)
         if devices is None:
             continue
         if best is None or _streamed(task, devices) < _streamed(task, best):
             best = devices
     return best
+
+
+def _with_lookups(units: Sequence[Unit], away: Sequence[int], lookups: Sequence[int], needed: int) -> list[int]:
+    """Places `away` and as many of `lookups`, largest first, as `needed` bytes take: they cost hardly any reading."""
+    chosen = list(away)
+    total = sum(units[place].bytes for place in chosen)
+    for place in sorted(lookups, key=lambda place: -units[place].bytes):
+        if total < needed:
+            chosen.append(place)
+            total += units[place].bytes
+    return sorted(chosen)
 
 
 def _lower(task: Task, away: Sequence[int], main: str) -> tuple[str, ...] | None:

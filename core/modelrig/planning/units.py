@@ -12,11 +12,16 @@ SLOTS = 2  # blocks that are streamed have a place on the device that runs: one 
 
 @frozen
 class Weight:
-    """A parameter or buffer and the bytes it takes in memory. Those with the same `tie` share one storage, counted once."""
+    """A parameter or buffer and the bytes it takes in memory. Those with the same `tie` share one storage, counted once.
+
+    Of a `lookup` (an embedding, mapped from its file) only some rows are needed at a time: on disk it needs no slot and hardly any
+    reading.
+    """
 
     name: str
     bytes: int
     tie: str | None = None
+    lookup: bool = False
 
 
 @frozen(kw_only=True)
@@ -44,6 +49,7 @@ class Unit:
         slot: what a streamed unit needs of a slot: the largest of its blocks and modules.
         beside: bytes it needs beside them on the device that runs it.
         is_block: a block, and nothing tied to it.
+        is_lookup: rows of it are looked up, and nothing else is done with it.
     """
 
     name: str
@@ -52,6 +58,7 @@ class Unit:
     slot: int
     beside: int
     is_block: bool
+    is_lookup: bool
 
 
 def is_gpu(device: str) -> bool:
@@ -109,7 +116,7 @@ def join(groups: Iterable[Collection[str]]) -> dict[str, str]:
 def units_of(weights: Sequence[Weight], blocks: Collection[str], beside: Mapping[str, int]) -> list[Unit]:
     """The units in execution order: each stands where the first of its weights does."""
     owners = owners_of(weights, blocks)
-    slots = streamed_bytes(weights, owners)
+    slots = streamed_bytes((weight for weight in weights if not weight.lookup), owners)
     by_tie: dict[str, dict[str, None]] = {}
     for weight in weights:
         if weight.tie is not None:
@@ -131,9 +138,10 @@ def units_of(weights: Sequence[Weight], blocks: Collection[str], beside: Mapping
                 name=next(iter(names)),
                 weights=tuple(weight.name for weight in inside),
                 bytes=sum(streamed_bytes(inside, dict.fromkeys((weight.name for weight in inside), "")).values()),
-                slot=max(slots[name] for name in names),
+                slot=max(slots.get(name, 0) for name in names),
                 beside=sum(beside.get(name, 0) for name in names),
                 is_block=len(names) == 1 and next(iter(names)) in whole,
+                is_lookup=all(weight.lookup for weight in inside),
             )
         )
     return units
