@@ -425,6 +425,7 @@ CODES: dict[str, str] = {
     "LD-META": "parameters were left without data",
     "LD-MAPPING": "a mapping rule does not fit the stored tensors, or its result does not fit the model",
     "LD-TIE": "a tensor that the module shares under several names is stored with different values",
+    "LD-STREAM": "weights that are streamed cannot be used in this way",
     "LD-CLOSED": "the model was closed",
     "SV-ARGS": "an argument of a save that cannot be used",
     "SV-TARGET": "a folder a save must not or cannot replace",

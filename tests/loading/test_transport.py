@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import mmap
 import os
@@ -17,7 +18,7 @@ from modelrig.components import TensorEntry, TensorFile
 from modelrig.errors import FileError
 from modelrig.loading import transport
 from modelrig.loading.transport import TensorFileReader, check_unchanged, drop_pages
-from residue import held, mappings
+from residue import held, mappings, open_files
 
 PAGE = mmap.PAGESIZE
 SIZE = 5 * PAGE + 100
@@ -97,12 +98,8 @@ def test_files_on_a_network_are_not_mapped(file: TensorFile, monkeypatch: pytest
     assert ([], []) == held(file.path)
 
 
-@pytest.mark.parametrize("code", [errno.ENODEV, errno.ENOMEM])
-def test_a_file_that_cannot_be_mapped_is_read(file: TensorFile, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
-    def refuse(*arguments: object, **given: object) -> None:
-        raise OSError(code, os.strerror(code))
-
-    monkeypatch.setattr(transport.mmap, "mmap", refuse)
+def test_a_file_that_cannot_be_mapped_is_read(file: TensorFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transport._libc, "mmap", lambda *arguments: ctypes.c_void_p(-1).value)
     with TensorFileReader(file) as reader:
         assert reader.view(entry()) is None
         assert torch.equal(expected(0, 9), reader.read(0, torch.empty(9, dtype=torch.uint8)))
@@ -116,6 +113,27 @@ def test_what_the_system_cannot_read_is_named(reader: TensorFileReader, file: Te
     with pytest.raises(FileError, match="byte 7: Input/output error") as caught:
         reader.read(7, torch.empty(5, dtype=torch.uint8))
     assert ("IO-READ", str(file.path)) == (caught.value.code, caught.value.path)
+
+
+def test_a_mapping_takes_no_descriptor(file: TensorFile) -> None:
+    with TensorFileReader(file) as reader:
+        view = reader.view(entry())
+    assert ([], 1) == (open_files(file.path), len(mappings(file.path)))
+    assert torch.equal(expected(0, SIZE), view)
+
+
+def test_a_reader_that_is_forgotten_closes_its_file(file: TensorFile) -> None:
+    reader = TensorFileReader(file)
+    assert [str(file.path)] == open_files(file.path)
+    del reader
+    assert ([], []) == held(file.path)
+
+
+def test_views_and_reads_do_not_mind_the_callers_modes(file: TensorFile) -> None:
+    with torch.inference_mode(), torch.device("meta"), TensorFileReader(file) as reader:
+        view = reader.view(entry(8, 8))
+    assert not view.is_inference()
+    assert torch.equal(expected(8, 8), view)
 
 
 # ------------------------------------------------------------------------------------------------ changed files

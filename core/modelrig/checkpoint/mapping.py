@@ -17,7 +17,6 @@ what no rule claims keeps its name. The result is `Part`s, which only move eleme
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
@@ -25,11 +24,11 @@ from typing import Any
 
 from attrs import evolve, field, frozen
 
+from modelrig.checkpoint.patterns import MisfitError, fill, match
 from modelrig.components import Part, Region
 from modelrig.errors import LoadError, quoted
 
 Shape = tuple[int, ...]
-_FIELD = re.compile(r"\{(\*?)([a-z_]+)\}")
 
 
 @frozen
@@ -124,17 +123,9 @@ def apply_rules(rules: Sequence[Rule], shapes: Mapping[str, Shape], path: Path |
     for rule in rules:
         try:
             tensors = _apply(rule, tensors)
-        except _MisfitError as misfit:
+        except MisfitError as misfit:
             raise LoadError("LD-MAPPING", f"{rule} does not fit: {misfit}", path=path, locus=misfit.name) from misfit
     return tensors
-
-
-class _MisfitError(Exception):
-    """A rule cannot be applied to the tensor `name`."""
-
-    def __init__(self, name: str, text: str) -> None:
-        super().__init__(f"{quoted(name)}: {text}")
-        self.name = name
 
 
 def _apply(rule: Rule, tensors: Mapping[str, Target]) -> dict[str, Target]:
@@ -145,27 +136,27 @@ def _apply(rule: Rule, tensors: Mapping[str, Target]) -> dict[str, Target]:
         made = list(_together(rule, tensors))
     result = dict(made)
     if len(result) != len(made):
-        names = [name for name, _ in made]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise _MisfitError(twice, "several tensors would get this name")
+        seen: set[str] = set()
+        twice = next(name for name, _ in made if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise MisfitError(twice, "several tensors would get this name")
     return result
 
 
 def _alone(rule: Rename | Drop | Transpose | PermuteRope | Split, name: str, tensor: Target) -> Iterator[tuple[str, Target]]:
-    fields = _match(rule.source, name)
+    fields = match(rule.source, name)
     if fields is None:
         yield name, tensor
     elif isinstance(rule, Rename):
-        yield _fill(rule.target, fields), tensor
+        yield fill(rule.target, fields), tensor
     elif isinstance(rule, Transpose):
-        yield _fill(rule.target, fields), _transpose(tensor, rule.dims, name)
+        yield fill(rule.target, fields), _transpose(tensor, rule.dims, name)
     elif isinstance(rule, PermuteRope):
-        yield _fill(rule.target, fields), _permute_rope(tensor, rule.heads, name)
+        yield fill(rule.target, fields), _permute_rope(tensor, rule.heads, name)
     elif isinstance(rule, Split):
         dim = _dimension(rule.dim, tensor.shape, name)
         start = 0
         for target, size in zip(rule.targets, _sizes(rule, tensor.shape[dim], name), strict=True):
-            yield _fill(target, fields), _cut(tensor, dim, start, start + size, name)
+            yield fill(target, fields), _cut(tensor, dim, start, start + size, name)
             start += size
 
 
@@ -176,17 +167,17 @@ def _together(rule: Concat | Stack, tensors: Mapping[str, Target]) -> Iterator[t
     target_of: dict[str, str] = {}
     for name, tensor in tensors.items():
         for place, pattern in enumerate(patterns):
-            fields = _match(pattern, name)
+            fields = match(pattern, name)
             if fields is None:
                 continue
             if isinstance(rule, Stack):
                 number = fields.pop(rule.over, "")
                 if not (number.isascii() and number.isdigit() and len(number) < 8):
-                    raise _MisfitError(name, f"{{{rule.over}}} is {quoted(number)}, and must be a number")
+                    raise MisfitError(name, f"{{{rule.over}}} is {quoted(number)}, and must be a number")
                 place = int(number)
-            target_of[name] = _fill(rule.target, fields)
+            target_of[name] = fill(rule.target, fields)
             if place in groups.setdefault(target_of[name], {}):
-                raise _MisfitError(name, "is the same input as another tensor")
+                raise MisfitError(name, "is the same input as another tensor")
             groups[target_of[name]][place] = (name, tensor)
             break
     done: set[str] = set()
@@ -202,44 +193,11 @@ def _together(rule: Concat | Stack, tensors: Mapping[str, Target]) -> Iterator[t
 def _join(rule: Concat | Stack, target: str, inputs: Mapping[int, tuple[str, Target]]) -> Target:
     count = len(rule.sources) if isinstance(rule, Concat) else max(inputs) + 1
     if len(inputs) != count:
-        lacking = [place for place in range(count) if place not in inputs]
-        what = rule.sources[lacking[0]] if isinstance(rule, Concat) else f"{rule.source} with {rule.over} = {lacking[0]}"
-        raise _MisfitError(target, f"there is no {what} ({len(lacking)} of {count} inputs are missing)")
+        lacking = next(place for place in range(count) if place not in inputs)
+        what = rule.sources[lacking] if isinstance(rule, Concat) else f"{rule.source} with {rule.over} = {lacking}"
+        raise MisfitError(target, f"there is no {what} ({count - len(inputs)} of {count} inputs are missing)")
     ordered = [inputs[place] for place in range(count)]
     return _stack(ordered, rule.dim) if isinstance(rule, Stack) else _concat(ordered, rule.dim)
-
-
-# ------------------------------------------------------------------------------------------------ names
-
-
-def _match(pattern: str, name: str) -> dict[str, str] | None:
-    """What the fields of `pattern` stand for in `name`; None if it does not match."""
-    found = _compiled(pattern).fullmatch(name)
-    return None if found is None else found.groupdict()
-
-
-_COMPILED: dict[str, re.Pattern[str]] = {}
-
-
-def _compiled(pattern: str) -> re.Pattern[str]:
-    if pattern not in _COMPILED:
-        text, end = "", 0
-        for found in _FIELD.finditer(pattern):
-            part = r"[^.]+(?:\.[^.]+)*" if found[1] else r"[^.]+"
-            seen = f"(?P<{found[2]}>" in text
-            text += re.escape(pattern[end : found.start()]) + (f"(?P={found[2]})" if seen else f"(?P<{found[2]}>{part})")
-            end = found.end()
-        _COMPILED[pattern] = re.compile(text + re.escape(pattern[end:]))
-    return _COMPILED[pattern]
-
-
-def _fill(pattern: str, fields: Mapping[str, str]) -> str:
-    def value(found: re.Match[str]) -> str:
-        if found[2] not in fields:
-            raise _MisfitError(pattern, f"no source has the field {found[0]}")
-        return fields[found[2]]
-
-    return _FIELD.sub(value, pattern)
 
 
 # ------------------------------------------------------------------------------------------------ shapes
@@ -248,17 +206,17 @@ def _fill(pattern: str, fields: Mapping[str, str]) -> str:
 def _dimension(dim: int, shape: Shape, name: str) -> int:
     place = dim + len(shape) if dim < 0 else dim
     if not 0 <= place < len(shape):
-        raise _MisfitError(name, f"has no dimension {dim}: its shape is {list(shape)}")
+        raise MisfitError(name, f"has no dimension {dim}: its shape is {list(shape)}")
     return place
 
 
 def _sizes(rule: Split, whole: int, name: str) -> tuple[int, ...]:
     sizes = rule.sizes
-    if sizes is None and whole % len(rule.targets) == 0:
+    if sizes is None and rule.targets and whole % len(rule.targets) == 0:
         sizes = (whole // len(rule.targets),) * len(rule.targets)
     if sizes is None or len(sizes) != len(rule.targets) or sum(sizes) != whole or min(sizes) < 0:
         said = "equal parts" if rule.sizes is None else f"parts of {list(rule.sizes)}"
-        raise _MisfitError(name, f"{whole} along dimension {rule.dim} cannot be cut into {len(rule.targets)} {said}")
+        raise MisfitError(name, f"{whole} along dimension {rule.dim} cannot be cut into {len(rule.targets)} {said}")
     return sizes
 
 
@@ -283,7 +241,7 @@ def _concat(inputs: Sequence[tuple[str, Target]], dim: int) -> Target:
         if len(tensor.shape) != len(model.shape) or any(
             size != other for place, (size, other) in enumerate(zip(tensor.shape, model.shape, strict=True)) if place != dim
         ):
-            raise _MisfitError(name, f"has the shape {list(tensor.shape)}, {quoted(first)} {list(model.shape)}")
+            raise MisfitError(name, f"has the shape {list(tensor.shape)}, {quoted(first)} {list(model.shape)}")
         for part in tensor.parts:
             region = list(_into(part, tensor.shape))
             region[dim] = (region[dim][0] + start, region[dim][1] + start)
@@ -298,7 +256,7 @@ def _stack(inputs: Sequence[tuple[str, Target]], dim: int) -> Target:
     parts = []
     for place, (name, tensor) in enumerate(inputs):
         if tensor.shape != shape:
-            raise _MisfitError(name, f"has the shape {list(tensor.shape)}, {quoted(first)} {list(shape)}")
+            raise MisfitError(name, f"has the shape {list(tensor.shape)}, {quoted(first)} {list(shape)}")
         for part in tensor.parts:
             region = _into(part, shape)
             parts.append(evolve(part, into=(*region[:dim], (place, place + 1), *region[dim:])))
@@ -310,17 +268,27 @@ def _cut(tensor: Target, dim: int, start: int, stop: int, name: str) -> Target:
     for part in tensor.parts:
         region = _into(part, tensor.shape)
         low, high = max(start, region[dim][0]), min(stop, region[dim][1])
-        if low >= high and prod(extent(region)) > 0:
+        is_empty = prod(extent(region)) == 0
+        if low > high or (low == high and not is_empty):
             continue
-        taken = part.taken if part.taken is not None else whole_region(part.shape)
-        if (low, high) != region[dim]:
-            if part.order is not None or part.axes is not None or extent(taken) != extent(region):
-                raise _MisfitError(name, "cannot be cut after it was permuted")
-            offset = taken[dim][0] - region[dim][0]
-            taken = (*taken[:dim], (low + offset, high + offset), *taken[dim + 1 :])
-        region = (*region[:dim], (low - start, high - start), *region[dim + 1 :])
-        parts.append(evolve(part, taken=taken, into=region))
+        if (low, high) != region[dim] and not is_empty:
+            part = evolve(part, taken=_taken(part, region, dim, (low, high), name))
+        parts.append(evolve(part, into=(*region[:dim], (low - start, high - start), *region[dim + 1 :])))
     return Target((*tensor.shape[:dim], stop - start, *tensor.shape[dim + 1 :]), tuple(parts))
+
+
+def _taken(part: Part, region: Region, dim: int, kept: tuple[int, int], name: str) -> Region:
+    """What of the stored tensor is left of `part`, which fills `region`, once only `kept` of its dimension `dim` is."""
+    taken = part.taken if part.taken is not None else whole_region(part.shape)
+    # Stacking put dimensions of size 1 between those of the stored tensor; never is one of these cut.
+    inner = [place for place, size in enumerate(extent(region)) if size != 1]
+    stored = [place for place, size in enumerate(extent(taken)) if size != 1]
+    sizes = [extent(region)[place] for place in inner], [extent(taken)[place] for place in stored]
+    if part.order is not None or part.axes is not None or sizes[0] != sizes[1]:
+        raise MisfitError(name, "cannot be cut after it was permuted")
+    place = stored[inner.index(dim)]
+    offset = taken[place][0] - region[dim][0]
+    return (*taken[:place], (kept[0] + offset, kept[1] + offset), *taken[place + 1 :])
 
 
 def _transpose(tensor: Target, dims: tuple[int, int], name: str) -> Target:
@@ -335,11 +303,11 @@ def _transpose(tensor: Target, dims: tuple[int, int], name: str) -> Target:
 
 
 def _permute_rope(tensor: Target, heads: int, name: str) -> Target:
-    rows = tensor.shape[0] if tensor.shape else 0
+    rows = tensor.shape[0] if tensor.shape else 1
     if heads < 1 or rows % (2 * heads):
-        raise _MisfitError(name, f"its shape is {list(tensor.shape)}: the rows are not pairs of {heads} heads")
+        raise MisfitError(name, f"its shape is {list(tensor.shape)}: the rows are not pairs of {heads} heads")
     if len(tensor.parts) != 1:
-        raise _MisfitError(name, "is put together of several tensors; permute them before")
+        raise MisfitError(name, "is put together of several tensors; permute them before")
     pairs = rows // heads // 2
     fine = (heads, pairs, 2, *tensor.shape[1:])
     part = _permuted(tensor.parts[0], fine, [0, 2, 1, *range(3, len(fine))], name)
@@ -348,23 +316,49 @@ def _permute_rope(tensor: Target, heads: int, name: str) -> Target:
 
 def _permuted(part: Part, shape: Shape, order: Sequence[int], name: str) -> Part:
     """`part`, whose elements are read as `shape`, with these dimensions permuted to `order`."""
-    axes = part.axes if part.axes is not None else shape
-    before = part.order if part.order is not None else tuple(range(len(axes)))
-    fine = tuple(axes[place] for place in before)
-    if fine == shape or part.axes is None:
-        return evolve(part, axes=axes, order=tuple(before[place] for place in order))
-    groups, place = [], 0
-    for size in shape:  # which of the finer dimensions make up each dimension of `shape`
-        group: list[int] = []
-        while prod(fine[one] for one in group) != size or not group:
-            if place == len(fine) or prod(fine[one] for one in group) > size:
-                raise _MisfitError(name, "was permuted before in a way that this rule cannot follow")
-            group.append(place)
-            place += 1
-        groups.append(group)
-    if place != len(fine):
-        raise _MisfitError(name, "was permuted before in a way that this rule cannot follow")
-    return evolve(part, axes=axes, order=tuple(before[one] for which in order for one in groups[which]))
+    if part.axes is None or part.order is None or prod(shape) == 0:
+        return evolve(part, axes=shape, order=tuple(order))
+    factors = _common(tuple(part.axes[place] for place in part.order), shape)
+    if factors is None:
+        raise MisfitError(name, "was permuted before in a way that this rule cannot follow")
+    # Each axis is split into its factors, in the order in which they are stored; `number` says which axis a factor is then.
+    by_axis = [[] for _ in part.axes]  # type: list[list[int]]
+    for factor, (place, _, _) in enumerate(factors):
+        by_axis[part.order[place]].append(factor)
+    axes = [factor for split in by_axis for factor in split]
+    number = {factor: place for place, factor in enumerate(axes)}
+    by_size = [[factor for factor, (_, dim, _) in enumerate(factors) if dim == place] for place in range(len(shape))]
+    return evolve(
+        part,
+        axes=tuple(factors[factor][2] for factor in axes),
+        order=tuple(number[factor] for which in order for factor in by_size[which]),
+    )
+
+
+def _common(one: Shape, other: Shape) -> list[tuple[int, int, int]] | None:
+    """Factors, as (dimension of `one`, dimension of `other`, size), whose products make up both shapes; None if there are none."""
+    found = []
+    left, right = list(one), list(other)
+    first = second = 0
+    while first < len(one) or second < len(other):
+        # what is used up stays at its last dimension for the sizes of 1 that the other shape may end with
+        whole = left[first] if first < len(one) else 1
+        part = right[second] if second < len(other) else 1
+        size = min(whole, part)
+        if (first < len(one) and second < len(other)) and max(whole, part) % size:
+            return None
+        if first == len(one) or second == len(other):
+            size = max(whole, part)
+            if size != 1:
+                return None
+        found.append((min(first, len(one) - 1), min(second, len(other) - 1), size))
+        if first < len(one):
+            left[first] //= size
+            first += left[first] == 1
+        if second < len(other):
+            right[second] //= size
+            second += right[second] == 1
+    return found
 
 
 # ------------------------------------------------------------------------------------------------ back
@@ -412,11 +406,16 @@ def check_cover(name: str, shape: Shape, parts: Sequence[Part], path: Path | Non
 
 def _overlap(regions: Sequence[Region]) -> bool:
     """Whether two of the regions share an element."""
-    ordered = sorted(region for region in regions if prod(extent(region)) > 0)
-    for place, one in enumerate(ordered):
-        for other in ordered[place + 1 :]:
-            if one and other[0][0] >= one[0][1]:
-                break  # sorted by the first dimension: nothing further on begins before `one` ends
+    filled = [region for region in regions if prod(extent(region)) > 0]
+    if len(filled) < 2 or not filled[0]:
+        return len(filled) > 1
+    # along the dimension that tells the most of them apart, few begin before the one before has ended
+    along = max(range(len(filled[0])), key=lambda dim: len({region[dim][0] for region in filled}))
+    filled.sort(key=lambda region: region[along])
+    for place, one in enumerate(filled):
+        for other in filled[place + 1 :]:
+            if other[along][0] >= one[along][1]:
+                break
             if all(low < end and start < high for (low, high), (start, end) in zip(one, other, strict=True)):
                 return True
     return False

@@ -11,7 +11,7 @@ Each part computes where it is; parts on the disk, or in main memory beside a GP
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -22,11 +22,13 @@ from torch import Tensor, nn
 from modelrig.checkpoint.mapping import Rule
 from modelrig.errors import RequestError, nearest, quoted
 from modelrig.loading.filling import Filler, Wanted
+from modelrig.loading.frames import forgets_frames
 from modelrig.loading.into_module import (
     CPU,
     Matched,
     Opened,
     assign,
+    extra_states,
     floating,
     match_module,
     open_checkpoint,
@@ -43,6 +45,7 @@ from modelrig.planning.units import DISK
 WHOLE = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
 
+@forgets_frames
 def load_and_dispatch(
     module: nn.Module,
     folder: str | os.PathLike[str],
@@ -90,6 +93,7 @@ def load_and_dispatch(
         now = [evolve(one, device=CPU) if name in streamed else one for name, one in wanted.items() if name not in on_disk]
         with progress_bar("loading", progress) as report:
             tensors = filler.fill(now, report)
+        states = extra_states(matched, opened, filler)
         filler.check_unchanged()
         streamer = None
         if streamed & wanted.keys():
@@ -101,7 +105,7 @@ def load_and_dispatch(
             streamer = Streamer(units, paging, main)
             stack.callback(streamer.close)
             tensors.update(streamer.tensors)
-        assign(module, matched, tensors)
+        assign(module, matched, tensors, states)
         _move_rest(module, runs_on)
         if strict:
             require_data(module)
@@ -129,12 +133,17 @@ def block_names(module: nn.Module, classes: Iterable[str | type[nn.Module]]) -> 
             raise RequestError("RQ-VALUE", reason, locus="no_split_module_classes")
     if not given:
         wanted = list(getattr(module, "_no_split_modules", None) or ())
-    found: list[str] = []
+    found: dict[str, None] = {}
     for name, part in module.named_modules():
-        inside = any(name.startswith(f"{outer}.") for outer in found)
-        if name and not inside and (type(part).__name__ in wanted or isinstance(part, WHOLE)):
-            found.append(name)
-    return found
+        if name and (type(part).__name__ in wanted or isinstance(part, WHOLE)) and _block_of(name, found) is None:
+            found[name] = None
+    return list(found)
+
+
+def _block_of(name: str, blocks: Container[str]) -> str | None:
+    """The block that the module or tensor `name` is in."""
+    ends = [place for place, letter in enumerate(name) if letter == "."]
+    return next((name[:end] for end in ends if name[:end] in blocks), None)
 
 
 def place_module(module: nn.Module, dtype: torch.dtype | None, blocks: Sequence[str], device_map: Any, max_memory: Any) -> Placed:
@@ -175,10 +184,11 @@ def streaming_units(
     """Blocks, and modules outside of blocks that hold tensors themselves, in the order of the modules."""
     groups: dict[str, list[Wanted]] = {}
     sites: dict[str, dict[str, None]] = {}
+    known = set(blocks)
     for name, chosen in matched.names.items():
         if chosen not in wanted:
             continue
-        owner = next((block for block in blocks if name.startswith(f"{block}.")), name.rpartition(".")[0])
+        owner = _block_of(name, known) or name.rpartition(".")[0]
         if name == chosen:
             groups.setdefault(owner, []).append(wanted[chosen])
         sites.setdefault(chosen, {})[owner] = None
@@ -233,8 +243,9 @@ def _move_rest(module: nn.Module, runs_on: Mapping[str, torch.device]) -> None:
 
 def _move_inputs(module: nn.Module, placed: Placed) -> None:
     """Each part gets its inputs on its device, and the whole gives its result where the inputs were."""
+    parts = dict(module.named_modules(remove_duplicate=False))
     for name, device in placed.device_map.items():
-        part = module.get_submodule(name) if name in dict(module.named_modules()) else None
+        part = parts.get(name)
         if part is None:  # a bare parameter: its module's inputs decide
             continue
         target = torch.device(placed.main if device in ("cpu", DISK) else device)

@@ -49,6 +49,6 @@ def empty_weights(include_buffers: bool = False) -> Iterator[None]:
 
 
 def _emptied(parameter: nn.Parameter) -> nn.Parameter:
-    empty = type(parameter)(torch.empty_like(parameter, device="meta"), requires_grad=parameter.requires_grad)
+    empty = torch.Tensor._make_subclass(type(parameter), torch.empty_like(parameter, device="meta"), parameter.requires_grad)
     empty.__dict__.update(parameter.__dict__)
     return empty

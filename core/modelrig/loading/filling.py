@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -70,6 +70,7 @@ class Filler:
         self.tally = Tally()
         self._files: dict[int, TensorFileReader] = {}
         self._read: set[int] = set()  # numbers of the files that were opened
+        self._opening = threading.Lock()
         self._stop = threading.Event()
         self._stagings = threading.local()
 
@@ -91,11 +92,12 @@ class Filler:
 
     def file(self, number: int) -> TensorFileReader:
         """The open file `number` of the catalog."""
-        found = self._files.get(number)
-        if found is None:
-            found = self._files[number] = TensorFileReader(self.catalog.files[number], for_paging=self.keep_open)
-            self._read.add(number)
-        return found
+        with self._opening:
+            found = self._files.get(number)
+            if found is None:
+                found = self._files[number] = TensorFileReader(self.catalog.files[number], for_paging=self.keep_open)
+                self._read.add(number)
+            return found
 
     # ------------------------------------------------------------------------------------------ the whole job
 
@@ -157,7 +159,8 @@ class Filler:
         data = self.file(number).view(entry) if serves else None
         if data is None:
             return None
-        tensor = self.reader.decode(data, entry)
+        with torch.inference_mode(False):
+            tensor = self.reader.decode(data, entry)
         return tensor if entry.nbytes == 0 or tensor.untyped_storage().data_ptr() == data.untyped_storage().data_ptr() else None
 
     # ------------------------------------------------------------------------------------------ pieces
@@ -185,10 +188,12 @@ class Filler:
                 self.bring(file, piece)
                 counter.add(piece.entry.nbytes)
 
-        futures: set[Future[None]] = {pool.submit(work) for _ in range(min(num_readers(), len(todo)))}
+        futures: set[Future[None]] = set()
         try:
+            for _ in range(min(num_readers(), len(todo))):
+                futures.add(pool.submit(work))
             while futures:
-                finished, futures = wait(futures, _REPORT_SECONDS)
+                finished, futures = wait(futures, _REPORT_SECONDS, FIRST_EXCEPTION)
                 for future in finished:
                     future.result()
                 counter.report()
@@ -201,7 +206,7 @@ class Filler:
     def bring(self, file: TensorFileReader, piece: Piece) -> None:
         """Read one piece, and cast it into its place."""
         entry, into = piece.entry, piece.into
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(into.is_inference()), torch.no_grad():
             if piece.cut is None and entry.strides is None and _takes_bytes(entry, into):
                 file.read(entry.offset, into.view(-1).view(torch.uint8))
                 return
@@ -218,9 +223,9 @@ class Filler:
         key = "cpu" if device.type == "cpu" else "pinned"
         kept: Tensor | None = getattr(self._stagings, key, None)
         if kept is None:
-            kept = torch.empty(PIECE_BYTES, dtype=torch.uint8, pin_memory=key == "pinned")
+            kept = torch.empty(PIECE_BYTES, dtype=torch.uint8, device="cpu", pin_memory=key == "pinned")
             setattr(self._stagings, key, kept)
-        return kept[:count] if count <= kept.numel() else torch.empty(count, dtype=torch.uint8)
+        return kept[:count] if count <= kept.numel() else torch.empty(count, dtype=torch.uint8, device="cpu")
 
 
 def num_readers() -> int:

@@ -11,24 +11,28 @@ tensors of their own (views of the mapped files where the dtype stays); those wi
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from attrs import frozen
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import is_lazy
 
 from modelrig.checkpoint.mapping import Rule, Target, apply_rules, check_cover
 from modelrig.components import Catalog, FormatReader
 from modelrig.errors import LoadError, RequestError, quoted
-from modelrig.loading.filling import Filler, Wanted
+from modelrig.loading.filling import Filler, Wanted, stored_dtype
+from modelrig.loading.frames import forgets_frames
 from modelrig.loading.progress import ProgressChoice, progress_bar
 from modelrig.planning.identify import catalog, check_reference, resolve
 from modelrig.registry import current
 
 LISTED = 20  # names of each sort that a message spells out
 CPU = torch.device("cpu")
+EXTRA = "_extra_state"  # what torch calls that of a module with `set_extra_state`
 
 
 class IncompatibleKeys(NamedTuple):
@@ -52,15 +56,17 @@ class Matched:
     """A module's tensors beside those of a checkpoint.
 
     `fills` has one name of each tensor that is loaded → what it is put together of; `names` all names of a tensor → the one it is
-    loaded by.
+    loaded by; `extra` the names of modules' extra states.
     """
 
     fills: Mapping[str, Target]
     tensors: Mapping[str, Tensor]
     names: Mapping[str, str]
+    extra: Sequence[str]
     keys: IncompatibleKeys
 
 
+@forgets_frames
 def load_checkpoint(
     module: nn.Module,
     folder: str | os.PathLike[str],
@@ -94,8 +100,9 @@ def load_checkpoint(
     with Filler(opened.catalog, opened.reader) as filler:
         with progress_bar("loading", progress) as report:
             tensors = filler.fill(wanted, report)
+        states = extra_states(matched, opened, filler)
         filler.check_unchanged()
-    assign(module, matched, tensors)
+    assign(module, matched, tensors, states)
     if strict:
         require_data(module)
     return matched.keys
@@ -132,7 +139,9 @@ def floating(dtype: Any) -> torch.dtype | None:
 
 def match_module(module: nn.Module, opened: Opened, mapping: Sequence[Rule], strict: bool) -> Matched:
     """Which stored tensors fill which of the module's. Raises `LoadError` before anything is read."""
-    tensors = {name: value for name, value in module.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
+    state = module.state_dict(keep_vars=True)
+    extra = [name for name in state if name.rpartition(".")[2] == EXTRA]
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor) and name not in extra}
     shapes = {name: entry.shape for name, entry in opened.catalog.entries.items()}
     stored = apply_rules(mapping, shapes, opened.root)
     for name, target in stored.items():
@@ -146,13 +155,14 @@ def match_module(module: nn.Module, opened: Opened, mapping: Sequence[Rule], str
             first[id(value)] = name
     for name, value in tensors.items():
         names[name] = first[id(value)]
-    missing = [name for name in tensors if names[name] not in stored]
-    unexpected = [name for name in stored if name not in tensors]
-    fills = {name: stored[name] for name in dict.fromkeys(names.values()) if name in stored}
+    counters = set(_counters(module))
+    missing = [name for name in state if names.get(name, name) not in stored and name not in counters]
+    unexpected = [name for name in stored if name not in state]
+    fills = {name: stored[name] for name in (*dict.fromkeys(names.values()), *extra) if name in stored}
     misshapen = [
-        f"{name}: stored as {list(stored[name].shape)}, the module has {list(value.shape)}"
+        f"{name}: stored as {list(stored[name].shape)}, the module has {_shape(value)}"
         for name, value in tensors.items()
-        if name in stored and stored[name].shape != tuple(value.shape)
+        if name in stored and (is_lazy(value) or stored[name].shape != tuple(value.shape))
     ]
     if misshapen or (strict and (missing or unexpected)):
         parts = [
@@ -171,7 +181,18 @@ def match_module(module: nn.Module, opened: Opened, mapping: Sequence[Rule], str
             hint="strict=False loads what fits; mapping= renames and rearranges" if not misshapen else None,
         )
     _require_equal_ties(stored, names, opened)
-    return Matched(fills, tensors, names, IncompatibleKeys(missing, unexpected))
+    return Matched(fills, tensors, names, extra, IncompatibleKeys(missing, unexpected))
+
+
+def _shape(value: Tensor) -> str:
+    return "yet to see its first input" if is_lazy(value) else str(list(value.shape))
+
+
+def _counters(module: nn.Module) -> Iterator[str]:
+    """Counters of batches, which files from before torch had them lack, as `load_state_dict` knows too."""
+    for prefix, part in module.named_modules(remove_duplicate=False):
+        if isinstance(part, _NormBase) and part._buffers.get("num_batches_tracked") is not None:
+            yield f"{prefix}.num_batches_tracked" if prefix else "num_batches_tracked"
 
 
 def _require_equal_ties(stored: Mapping[str, Target], names: Mapping[str, str], opened: Opened) -> None:
@@ -205,6 +226,8 @@ def wanted_tensors(matched: Matched, dtype: torch.dtype | None, places: Mapping[
     """What to read for each tensor of the module that is stored. `places` says where one without memory goes, "cpu" by default."""
     found = []
     for name, target in matched.fills.items():
+        if name in matched.extra:
+            continue
         value = matched.tensors[name]
         into = dtype if dtype is not None and value.is_floating_point() else value.dtype
         device = (places or {}).get(name, CPU if value.is_meta else value.device)
@@ -213,12 +236,28 @@ def wanted_tensors(matched: Matched, dtype: torch.dtype | None, places: Mapping[
     return found
 
 
-def assign(module: nn.Module, matched: Matched, tensors: Mapping[str, Tensor]) -> None:
+def extra_states(matched: Matched, opened: Opened, filler: Filler) -> dict[str, Tensor]:
+    """What `set_extra_state` of modules gets: tensors as they are stored, whatever their shape."""
+    wanted = []
+    for name in matched.extra:
+        if name in matched.fills:
+            target = matched.fills[name]
+            entry = opened.catalog.entries[target.parts[0].name]
+            dtype = stored_dtype(entry, opened.catalog.files[entry.file])
+            wanted.append(Wanted(name, target.shape, dtype, CPU, target.parts))
+    return filler.fill(wanted)
+
+
+def assign(module: nn.Module, matched: Matched, tensors: Mapping[str, Tensor], states: Mapping[str, Tensor]) -> None:
     """Put what was read where the module has it; what two modules share stays shared."""
+    for name, state in states.items():
+        module.get_submodule(name.rpartition(".")[0]).set_extra_state(state)
     made: dict[str, Tensor] = {}
     for name, chosen in matched.names.items():
         value, tensor = matched.tensors[name], tensors.get(chosen)
-        if tensor is None or (not value.is_meta and tensor.data_ptr() == value.data_ptr()):
+        if tensor is None and value.is_meta and chosen.endswith("num_batches_tracked") and chosen not in matched.keys.missing_keys:
+            tensor = torch.zeros((), dtype=value.dtype, device=CPU)  # one of `_counters`
+        if tensor is None or (tensor.dtype == value.dtype and not value.is_meta and tensor.data_ptr() == value.data_ptr()):
             continue  # not stored, or filled in place
         if chosen not in made:
             made[chosen] = like(value, tensor)
@@ -231,7 +270,7 @@ def like(value: Tensor, tensor: Tensor) -> Tensor:
     """`tensor` as the parameter or buffer that `value` is."""
     if not isinstance(value, nn.Parameter):
         return tensor
-    parameter = nn.Parameter(tensor, requires_grad=value.requires_grad)
+    parameter = Tensor._make_subclass(type(value), tensor, value.requires_grad)
     parameter.__dict__.update(value.__dict__)
     return parameter
 

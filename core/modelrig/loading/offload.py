@@ -6,12 +6,20 @@ of memory (benchmarks/LOG.md). Everything else, cast weights, files on a network
 take turns in. A parameter is the same tensor throughout, so kernels may close over it.
 
 The order of units is learned: after each, what came next the last time is fetched.
+
+What holds, with the lock `_turn` held:
+
+* a slot is written by one thread only, in the order in which it was asked for, and never while its unit has users;
+* a unit has users from before its module's hooks run until the call has ended, however it ends (Ctrl-C as well);
+* every unit that has users was asked for (`ready`), and its slot is filled with it (`_filled`);
+* a slot that is filled anew counts as written to, so autograd refuses to go back through what lay in it before.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -19,6 +27,7 @@ import torch
 from attrs import define, field, frozen
 from torch import Tensor, nn
 
+from modelrig.errors import LoadError
 from modelrig.loading.filling import Filler, Wanted, num_readers
 from modelrig.loading.pieces import Piece, pieces
 from modelrig.loading.transport import drop_pages, fetch_pages
@@ -58,7 +67,7 @@ class _State:
     copies: tuple[tuple[Tensor, Tensor], ...] = ()  # (in the slot, in main memory)
     hidden: tuple[tuple[dict[str, Any], str, Tensor, Tensor], ...] = ()  # (where it is held, name, itself, a stand-in)
     ready: Future[None] | None = None
-    users: int = 0
+    users: dict[object, int] = field(factory=dict)  # calls that compute with it → their thread
     used: Any = None  # the GPU's event after the last use
 
     @property
@@ -70,7 +79,8 @@ class Streamer:
     """Brings units to where they compute. `tensors` are the parameters; `close` ends its threads and closes files.
 
     Raises, from a forward:
-        FileError: a file cannot be read any more.
+        FileError: a file cannot be read any more. (One that shrinks while it is mapped is SIGBUS, as for any mapped file.)
+        LoadError: LD-STREAM for a unit whose turn can never come.
     """
 
     def __init__(self, units: Sequence[Unit], filler: Filler, device: torch.device) -> None:
@@ -83,10 +93,11 @@ class Streamer:
         self._next: dict[int, int] = {}
         self._sites: list[_State] = []
         self._last: int | None = None
+        self._fetched: dict[int, _State] = {}  # those whose pages were asked for and not yet let go, by id
+        self._is_closed = False
         self._turn = threading.Condition()
         self._fetcher = ThreadPoolExecutor(1, thread_name_prefix="modelrig-offload")
         self._readers = ThreadPoolExecutor(num_readers(), thread_name_prefix="modelrig-read")
-        self._handles: list[Any] = []
 
     # ------------------------------------------------------------------------------------------ set up
 
@@ -114,7 +125,7 @@ class Streamer:
             sizes[state.slot] = max(sizes[state.slot], offset)
         self.slot_bytes = sum(sizes)
         with torch.inference_mode(False):
-            slots = [torch.empty(size, dtype=torch.uint8, device=self.device) for size in sizes]
+            self._slots = slots = [torch.empty(size, dtype=torch.uint8, device=self.device) for size in sizes]
         for state, one, offset in places:
             numel = 1
             for size in one.shape:
@@ -147,82 +158,89 @@ class Streamer:
             for place, leaf, _, empty in state.hidden:
                 place[leaf] = empty
             for module in state.unit.sites:
-                site = len(self._sites)
+                # Not with hooks: those after a forward are not called when it is interrupted.
+                module.__dict__["_call_impl"] = _Call(self, len(self._sites), module, module._call_impl)
                 self._sites.append(state)
-                self._handles.append(module.register_forward_pre_hook(self._before(site), prepend=True))
-                self._handles.append(module.register_forward_hook(self._after(site), always_call=True))
         count = len(self._sites)
         self._next = {site: (site + 1) % count for site in range(count)}
 
     def close(self) -> None:
         """Let go of threads, files and slots; the modules cannot compute any more."""
-        for handle in self._handles:
-            handle.remove()
+        with self._turn:
+            self._is_closed = True
+        for state in self._states:
+            for module in state.unit.sites:
+                module.__dict__.pop("_call_impl", None)
         self._fetcher.shutdown(cancel_futures=True)
         self._readers.shutdown(cancel_futures=True)
         self.filler.close()
         self.tensors.clear()
-        self._states, self._sites, self._filled = [], [], []
+        self._states, self._sites, self._filled, self._slots = [], [], [], []
+        self._fetched.clear()
 
     # ------------------------------------------------------------------------------------------ in a forward
 
-    def _before(self, site: int) -> Any:
-        def hook(module: nn.Module, args: Any) -> None:  # noqa: ARG001 - the hook's signature
+    def enter(self, site: int, call: object) -> None:
+        """`call` begins to compute with the unit of this site: wait until it is there, and ask for the next one."""
+        state = self._sites[site]
+        with self._turn:
+            while not self._may_take_slot(state):
+                self._require_progress(state)
+                self._turn.wait()
+            state.users[call] = threading.get_ident()
+            if self._last is not None:
+                self._next[self._last] = site
+            self._last = site
+            ready = self._ask(state)
+        try:
+            ready.result()
+        except BaseException:
+            with self._turn:
+                if ready.done() and state.ready is ready:  # the next call tries again
+                    self._forget(state)
+            raise
+        with self._turn:
+            for place, leaf, tensor, _ in state.hidden:
+                place[leaf] = tensor
+            self._look_ahead(site)
+
+    def leave(self, site: int, call: object) -> None:
+        """`call` has ended, or did not get so far as to begin."""
+        with self._turn:
+            if self._is_closed or self._sites[site].users.pop(call, None) is None:
+                return
             state = self._sites[site]
-            with self._turn:
-                while not self._may_take_slot(state):  # another thread computes with what is in it
-                    self._turn.wait()
-                state.users += 1
-                if self._last is not None:
-                    self._next[self._last] = site
-                self._last = site
-                ready = self._ask(state)
-            try:
-                ready.result()
-            except BaseException:
-                with self._turn:
-                    state.users -= 1
-                    state.ready = None
-                    self._turn.notify_all()
-                raise
-            with self._turn:
-                for place, leaf, tensor, _ in state.hidden:
-                    place[leaf] = tensor
-                self._look_ahead(site)
+            if not state.users:
+                for place, leaf, _, empty in state.hidden:
+                    place[leaf] = empty
+            if self.device.type == "cuda":
+                state.used = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                state.used.record()
+            if not state.users and not state.is_slotted and len(self._states) > SLOTS:
+                self._let_go(state)
+            self._look_ahead(site)
+            self._turn.notify_all()
 
-        return hook
-
-    def _after(self, site: int) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG001 - the hook's signature
-            state = self._sites[site]
-            with self._turn:
-                state.users -= 1
-                if state.users == 0:
-                    for place, leaf, _, empty in state.hidden:
-                        place[leaf] = empty
-                if self.device.type == "cuda":
-                    state.used = torch.cuda.Event()  # type: ignore[no-untyped-call]
-                    state.used.record()
-                if state.users == 0 and not state.is_slotted and len(self._states) > SLOTS:
-                    self._let_go(state)
-                self._look_ahead(site)
-                self._turn.notify_all()
-
-        return hook
+    def _require_progress(self, state: _State) -> None:
+        """Raise `LoadError` (LD-STREAM) if what `state` waits for ends only after this thread has gone on."""
+        holder = self._filled[state.slot]
+        if holder is not None and threading.get_ident() in holder.users.values():
+            reason = f"was called by {holder.unit.name}, of which it is no part, and both take turns in the same memory"
+            raise LoadError("LD-STREAM", reason, locus=state.unit.name, hint="keep one of them in memory: device_map")
 
     def _look_ahead(self, site: int) -> None:
         """Fetch what will be needed next, unless its slot is still in use; what was fetched and is not next does not stay."""
         following = self._sites[self._next[site]]
-        for state in self._states:
-            idle = state.ready is not None and state.users == 0 and not state.is_slotted
-            if idle and state is not following and len(self._states) > SLOTS:
-                self._let_go(state)
+        if len(self._states) > SLOTS:
+            for state in [*self._fetched.values()]:
+                if state is not following and not state.users:
+                    self._let_go(state)
         if self._may_take_slot(following):
             self._ask(following)
 
     def _may_take_slot(self, state: _State) -> bool:
         holder = self._filled[state.slot] if state.is_slotted else None
-        return holder is None or holder is state or holder.users == 0
+        return holder is None or holder is state or not holder.users
 
     def _ask(self, state: _State) -> Future[None]:
         """The future of the unit being there. Called with the lock held, for a unit that may take its slot."""
@@ -233,11 +251,17 @@ class Streamer:
                 if holder is not None and holder is not state:
                     busy = holder.used
                     self._let_go(holder)
+            else:
+                self._fetched[id(state)] = state
             state.ready = self._fetcher.submit(self._fetch, state, busy)
         return state.ready
 
-    def _let_go(self, state: _State) -> None:
+    def _forget(self, state: _State) -> None:
         state.ready = None
+        self._fetched.pop(id(state), None)
+
+    def _let_go(self, state: _State) -> None:
+        self._forget(state)
         if state.dropped:
             self._fetcher.submit(self._drop, state)
 
@@ -246,6 +270,8 @@ class Streamer:
     def _fetch(self, state: _State, busy: Any) -> None:
         if busy is not None:
             busy.synchronize()
+        if state.is_slotted:  # reads go past torch, which would count what it writes itself
+            torch.autograd.graph.increment_version(self._slots[state.slot])
         with torch.inference_mode(False), torch.no_grad():
             for target, source in state.copies:
                 target.copy_(source, non_blocking=True)
@@ -270,17 +296,41 @@ class Streamer:
             fetch_pages(view)
 
     def _drop(self, state: _State) -> None:
-        if state.users == 0 and state.ready is None:
+        if not state.users and state.ready is None:
             for view in state.dropped:
                 drop_pages(view)
 
 
+class _Call:
+    """What calls a module whose weights are streamed, in place of its `_call_impl`."""
+
+    def __init__(self, streamer: Streamer, site: int, module: nn.Module, inner: Callable[..., Any]) -> None:
+        self.streamer, self.site, self.inner = streamer, site, inner
+        self.name = type(module).__name__
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        call = object()
+        try:
+            self.streamer.enter(self.site, call)
+            return self.inner(*args, **kwargs)
+        finally:
+            self.streamer.leave(self.site, call)
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise LoadError("LD-STREAM", "its weights are streamed: it can be neither copied nor pickled", locus=self.name)
+
+    def __reduce__(self) -> Any:
+        return self.__deepcopy__(None)
+
+
 def _turns(units: Sequence[Unit]) -> list[int]:
-    """The slot of each unit: two in turn, and one of its own for a unit that is in use while others inside it are."""
-    inside = [{part for site in unit.sites for part in site.modules()} - set(unit.sites) for unit in units]
+    """The slot of each unit: two in turn, and one of its own for a unit that is in use while others are, those of modules inside
+    its own or of the same module."""
+    uses = Counter(site for unit in units for site in unit.sites)
     found, turn, own = [], 0, SLOTS
-    for unit, parts in zip(units, inside, strict=True):
-        if any(site in parts for other in units if other is not unit for site in other.sites):
+    for unit in units:
+        inside = {part for site in unit.sites for part in site.modules()} - set(unit.sites)
+        if not inside.isdisjoint(uses) or any(uses[site] > 1 for site in unit.sites):
             found.append(own)
             own += 1
         else:

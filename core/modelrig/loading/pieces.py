@@ -14,7 +14,7 @@ from attrs import evolve, frozen
 from torch import Tensor
 
 from modelrig.checkpoint.mapping import extent
-from modelrig.components import DTYPE_BITS, Part, TensorEntry
+from modelrig.components import DTYPE_BITS, Part, Region, TensorEntry
 
 PIECE_BYTES = 1 << 20  # larger ones leave the processor's cache on the way
 
@@ -59,11 +59,22 @@ def pieces(entry: TensorEntry, part: Part, tensor: Tensor) -> Iterator[Piece]:
     into = destination(tensor, part)
     if into.numel() == 0:
         return
-    if entry.strides is not None:  # another order than C's: only the whole can be told apart
+    taken = part.taken or tuple((0, size) for size in entry.shape)
+    if entry.strides is None:
+        yield from _pieces(entry, taken, into)
+    elif part.axes is None and into.shape == extent(taken):  # the dimensions in the order in which they are stored
+        order = sorted(range(len(entry.shape)), key=lambda dim: entry.strides[dim], reverse=True)  # type: ignore[index]
+        stored = evolve(entry, shape=tuple(entry.shape[dim] for dim in order), strides=None)
+        yield from _pieces(stored, tuple(taken[dim] for dim in order), into.permute(order))
+    else:  # rearranged and cut or split at once: only the whole can be told apart
         cut = None if part.taken is None else tuple(slice(start, stop) for start, stop in part.taken)
         yield Piece(entry, into, entry.shape, cut)
-        return
-    taken = part.taken or tuple((0, size) for size in entry.shape)
+
+
+def _pieces(entry: TensorEntry, taken: Region, into: Tensor) -> Iterator[Piece]:
+    """Those of a tensor stored in C's order, of which `taken` fills `into`. Dimensions of `into` are those of `taken` or finer."""
+    while taken and taken[0][1] - taken[0][0] != 1 and into.shape[0] == 1:
+        into = into[0]  # a dimension that the stored tensor has not
     is_run = all(pair == (0, size) for pair, size in zip(taken[1:], entry.shape[1:], strict=True))
     if is_run and into.is_contiguous():
         first = taken[0][0] * prod(entry.shape[1:]) if taken else 0
@@ -73,9 +84,9 @@ def pieces(entry: TensorEntry, part: Part, tensor: Tensor) -> Iterator[Piece]:
 
 
 def _runs(entry: TensorEntry, first: int, into: Tensor) -> Iterator[Piece]:
-    """Consecutive elements to consecutive places. Sub-byte dtypes are cut at whole bytes."""
+    """Consecutive elements to consecutive places."""
     bits = DTYPE_BITS[entry.dtype]
-    count = PIECE_BYTES * 8 // bits
+    count = max(8, PIECE_BYTES // bits * 8)  # a multiple of 8: whole bytes of any dtype
     if into.numel() <= count:
         yield Piece(_run(entry, first, into.numel(), bits), into)
         return
@@ -84,12 +95,21 @@ def _runs(entry: TensorEntry, first: int, into: Tensor) -> Iterator[Piece]:
         yield Piece(_run(entry, first + start, end - start, bits), into[start:end])
 
 
-def _rows(entry: TensorEntry, taken: tuple[tuple[int, int], ...], is_run: bool, into: Tensor) -> Iterator[Piece]:
-    """Whole rows of the stored tensor at a time, of which what is wanted is cut out."""
+def _rows(entry: TensorEntry, taken: Region, is_run: bool, into: Tensor) -> Iterator[Piece]:
+    """Whole rows of the stored tensor at a time, of which what is wanted is cut out; rows that are too large in turn in pieces."""
     bits, row = DTYPE_BITS[entry.dtype], prod(entry.shape[1:])
     begin, end = taken[0]
     # `into` may have several dimensions where the stored tensor has one: so many rows belong together
     together = (end - begin) // into.shape[0]
+    if bits * row * together > PIECE_BYTES * 8 and bits * row % 8 == 0 and into.dim() > 1:
+        for place, part in enumerate(into):
+            first = begin + place * together
+            if together > 1:
+                yield from _pieces(entry, ((first, first + together), *taken[1:]), part)
+            else:
+                one = evolve(_run(entry, first * row, row, bits), shape=entry.shape[1:])
+                yield from _pieces(one, taken[1:], part)
+        return
     count = max(1, PIECE_BYTES * 8 // (bits * row * together)) if row else into.shape[0]
     inner = tuple(slice(start, stop) for start, stop in taken[1:])
     for start in range(0, into.shape[0], count):

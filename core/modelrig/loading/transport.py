@@ -11,7 +11,6 @@ import ctypes
 import mmap
 import os
 import threading
-import warnings
 import weakref
 from types import TracebackType
 
@@ -25,10 +24,12 @@ from modelrig.components import TensorEntry, TensorFile
 from modelrig.errors import FileError
 
 READ_SIZE = 16 << 20
+_READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
 
 
 class TensorFileReader:
-    """One open tensor file; a context manager. A mapping lives as long as a tensor that views it, also when this is closed.
+    """One open tensor file; a context manager. A mapping lives as long as a tensor that views it, also when this is closed, and
+    takes no file descriptor: a model of thousands of shards needs no higher limit on them.
 
     Raises:
         FileError: IO-CHANGED if the file is not the one that was catalogued, IO-READ if it cannot be opened.
@@ -37,16 +38,16 @@ class TensorFileReader:
     def __init__(self, file: TensorFile, *, for_paging: bool = False) -> None:
         self.file, self.for_paging = file, for_paging
         self._mapped: Tensor | None = None  # uint8, the whole file
-        with open_regular(file.path) as (descriptor, status):
-            if file.identity is not None and identity(status) != file.identity:
-                raise _changed(file)
-            self._can_map = status.st_size > 0 and not is_on_network(file.path)
-            self._descriptor = os.dup(descriptor)
+        self._opening, self._is_closed = threading.Lock(), False
+        self._open()
+        self._can_map = file.size > 0 and not is_on_network(file.path)
 
     def view(self, entry: TensorEntry) -> Tensor | None:
         """uint8 [entry.nbytes] in a copy-on-write mapping of the file; None where files are not mapped."""
         if self._mapped is None and self._can_map:
             self._map()
+            if self.for_paging:  # may well be all that is wanted of one of very many files
+                self._release()
         return None if self._mapped is None else self._mapped[entry.offset : entry.offset + entry.nbytes]
 
     def read(self, offset: int, buffer: Tensor) -> Tensor:
@@ -55,6 +56,9 @@ class TensorFileReader:
         Raises:
             FileError: IO-CHANGED if the file ends before, IO-READ if the system cannot read it.
         """
+        with self._opening:
+            if self._descriptor < 0 and not self._is_closed:
+                self._open()
         window, done = memoryview(buffer.numpy().data), 0
         while done < len(window):
             try:
@@ -68,9 +72,8 @@ class TensorFileReader:
         return buffer
 
     def close(self) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-        self._descriptor, self._mapped, self._can_map = -1, None, False
+        self._release()
+        self._mapped, self._can_map, self._is_closed = None, False, True
 
     def __enter__(self) -> TensorFileReader:
         return self
@@ -78,21 +81,30 @@ class TensorFileReader:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
+    def _open(self) -> None:
+        with open_regular(self.file.path) as (descriptor, status):
+            if self.file.identity is not None and identity(status) != self.file.identity:
+                raise _changed(self.file)
+            self._descriptor = os.dup(descriptor)
+        self._closing = weakref.finalize(self, os.close, self._descriptor)  # also when whoever held this is forgotten
+
+    def _release(self) -> None:
+        with self._opening:
+            self._closing()
+            self._descriptor = -1
+
     def _map(self) -> None:
+        if os.fstat(self._descriptor).st_size < self.file.size:  # it has become shorter
+            raise _changed(self.file)
         # RLIMIT_DATA counts a copy-on-write mapping, though nobody writes to it; what is paged in and out may do with less.
-        for access in (mmap.ACCESS_COPY, mmap.ACCESS_READ) if self.for_paging else (mmap.ACCESS_COPY,):
-            try:
-                mapping = mmap.mmap(self._descriptor, self.file.size, access=access)
+        for access in (_READ_WRITE, mmap.PROT_READ) if self.for_paging else (_READ_WRITE,):
+            mapping = _map_file(self._descriptor, self.file.size, access)
+            if mapping is not None:
                 break
-            except ValueError:  # it has become shorter
-                raise _changed(self.file) from None
-            except OSError:  # a file system that cannot, or no address space left: reading may still do
-                continue
-        else:
+        else:  # a file system that cannot, or no address space left: reading may still do
             self._can_map = False
             return
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
+        with torch.inference_mode(False):
             self._mapped = torch.frombuffer(mapping, dtype=torch.uint8)
         with _lock:
             _mappings[self._mapped.data_ptr()] = mapping
@@ -116,27 +128,46 @@ def _changed(file: TensorFile) -> FileError:
 
 # ------------------------------------------------------------------------------------------------ pages
 
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64)
+_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_FAILED = ctypes.c_void_p(-1).value
+
+Mapping = ctypes.Array[ctypes.c_ubyte]
 #: address → mapping, for those that tensors still view
-_mappings: weakref.WeakValueDictionary[int, mmap.mmap] = weakref.WeakValueDictionary()
+_mappings: weakref.WeakValueDictionary[int, Mapping] = weakref.WeakValueDictionary()
 _lock = threading.Lock()
+
+
+def _map_file(descriptor: int, size: int, access: int) -> Mapping | None:
+    """A private mapping of a whole file, until nobody holds it; None if the system refuses.
+
+    Python's own would keep a descriptor open for each mapping, and hold up every other thread in `madvise`.
+    """
+    address = _libc.mmap(None, size, access, mmap.MAP_PRIVATE, descriptor, 0)
+    if address == _FAILED:
+        return None
+    mapping = (ctypes.c_ubyte * size).from_address(address)
+    weakref.finalize(mapping, _libc.munmap, address, size).atexit = False  # tensors may be used until the very end
+    return mapping
 
 
 _POPULATE_READ = 22  # MADV_POPULATE_READ, from Linux 5.14 on
 _POPULATED = 16 << 20  # bytes asked for at a time
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def fetch_pages(tensor: Tensor) -> None:
     """Bring the pages behind a view of a mapped file into memory, read from the disk where the page cache lacks them.
 
-    A hint: what cannot be fetched (an older kernel, a file that shrank) is left to the first use. `mmap.madvise` would hold up
-    every other Python thread meanwhile.
+    A hint: what cannot be fetched (an older kernel, a file that shrank) is left to the first use.
     """
     start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
     end = tensor.data_ptr() + tensor.nbytes
     for address in range(start, end, _POPULATED):
         size = min(_POPULATED, end - address)
-        if _libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), _POPULATE_READ):
+        if _libc.madvise(address, size, _POPULATE_READ):
             return
 
 
@@ -156,7 +187,7 @@ def drop_pages(tensor: Tensor) -> None:
             first = -(-(address - start) // mmap.PAGESIZE) * mmap.PAGESIZE
             size = (address - start + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - first
             if size > 0 and not _is_written(start + first, size):
-                mapping.madvise(mmap.MADV_DONTNEED, first, size)
+                _libc.madvise(start + first, size, mmap.MADV_DONTNEED)
 
 
 def _is_written(address: int, size: int) -> bool:
