@@ -204,10 +204,13 @@ def evenly(task: Task) -> tuple[str, ...] | None:
     (main,) = task.running
     best: tuple[str, ...] | None = None
     lookups = [place for place, unit in enumerate(task.units) if unit.is_lookup]
+    streamable = [place for place, unit in enumerate(task.units) if not unit.is_lookup]
     for slot in sorted({unit.slot for unit in task.units}):
         needed = task.costs[-1] + SLOTS * slot - room(main)
-        blocks = [place for place, unit in enumerate(task.units) if unit.is_block and unit.slot <= slot]
-        others = [place for place, unit in enumerate(task.units) if not unit.is_block and not unit.is_lookup and unit.slot <= slot]
+        blocks, others = (
+            [place for place in streamable if task.units[place].is_block == is_block and task.units[place].slot <= slot]
+            for is_block in (True, False)
+        )
         # What stands beside a unit stays on the device that runs it, the only one, so only weights are won.
         away = _choose(task.units, blocks, others, needed - sum(task.units[place].bytes for place in lookups))
         away = None if away is None else _with_lookups(task.units, away, lookups, needed)
