@@ -378,7 +378,8 @@ class FormatPlanner(Protocol):
     """Finds and verifies a checkpoint's tensors by their headers.
 
     A format that can be written too has three more members: `files`, the names of its files
-    (`modelrig.checkpoint.layout.FileNames`), `size` and `write`.
+    (`modelrig.checkpoint.layout.FileNames`), `size` and `write`; and `stores_aliases = True` if it writes a tensor under its
+    aliases too.
     """
 
     def claims(self, snapshot: Snapshot) -> str | None:

@@ -39,6 +39,7 @@ def first_file(names: Collection[str], variant: str | None = None) -> str | None
 
 class PytorchBinPlanner:
     files = FILES
+    stores_aliases = True
 
     @staticmethod
     def claims(snapshot: Snapshot) -> str | None:
