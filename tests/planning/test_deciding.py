@@ -169,6 +169,7 @@ def test_of_the_gpus_only_those_that_max_memory_names_are_used(deep: Path) -> No
     assert "cuda:1" == plan_of(deep, environment=environment, max_memory={0: 0, "1": "4GB"}).device
     assert "cuda:0" == plan_of(deep, environment=environment, max_memory={"cpu": "4GB"}).device
     assert "cpu" == plan_of(deep, environment=environment, max_memory={0: 0}).device
+    assert "cuda:0" == plan_of(deep, environment=environment, max_memory={"cpu": 0}).device
     absent = plan_of(deep, max_memory={3: "4GB"})
     assert ("cpu", True) == (absent.device, any("names cuda:3, which is not there" in note for note in absent.notes))
 
@@ -206,6 +207,7 @@ def test_a_map_from_another_tool_may_name_the_rotary_module(deep: Path) -> None:
         ({"": "cpu", "model.layers.1.mlp": "disk"}, "PN-MAP-SPLIT", "model.layers.1 ("),
         ({"": "cpu", "model": "disk", "lm_head": "cpu"}, "PN-MAP-UNUSED", "'' decides nothing"),
         ({"": "cpu", "model.layers.1": 7}, "PN-DEVICE", "'cuda:7' (asked for by argument) is not there"),
+        ({"": 2, "model.layers.1": 7}, "PN-DEVICE", "'cuda:2', 'cuda:7' (asked for by argument) are not there"),
     ],
 )
 def test_a_map_that_does_not_fit_is_one_typed_error(deep: Path, written: dict[str, Any], code: str, part: str) -> None:

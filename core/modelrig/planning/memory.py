@@ -8,7 +8,7 @@ from attrs import frozen
 
 from modelrig.errors import ResourceLimitError
 from modelrig.planning.environment import Environment
-from modelrig.planning.ledger import Account, Ledger
+from modelrig.planning.ledger import MAPPED, WEIGHTS, Account, Ledger
 from modelrig.planning.request import Request
 from modelrig.planning.units import DISK
 
@@ -50,7 +50,10 @@ def broken_limit(
 ) -> tuple[str, int, Limit] | None:
     """(device, bytes needed, the limit they exceed), or None if everything fits; `with_pages`, together with mapped files."""
     for device in ledger.devices:
+        holds_weights = any(line.device == device and line.what in (MAPPED, WEIGHTS) for line in ledger)
         for limit in limits(device, request, environment):
+            if limit.bytes == 0 and limit.counts_mapped and not holds_weights:
+                continue  # kept out by max_memory: it may still be passed through
             needed = ledger.peak(device, with_mapped=limit.counts_mapped or with_pages, with_copies=limit.counts_mapped)
             if needed > limit.bytes:
                 return device, needed, limit

@@ -12,6 +12,7 @@ from modelrig.errors import PlanError, nearest, quoted
 from modelrig.planning.units import Weight, owners_of
 
 LISTED = 20  # names that a message spells out
+MOST_COMPARED = 500  # names among which the nearest is looked for
 
 
 def find(device_map: Mapping[str, str], name: str) -> str | None:
@@ -106,7 +107,7 @@ def _guess(key: str, known: Collection[str]) -> str:
         if exact not in known:
             depth = exact.count(".")
             inside = [name for name in known if name.count(".") == depth and name.rpartition(".")[0] == path and name]
-            guess = nearest(exact, inside)
+            guess = nearest(exact, inside[:MOST_COMPARED])
             exact = guess.partition("'")[2].rpartition("'")[0] if guess else ""
         if not exact:
             longer = sorted((name for name in known if name.endswith(f".{key}")), key=len)

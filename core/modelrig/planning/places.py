@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from attrs import Factory, frozen
@@ -13,7 +13,7 @@ from modelrig.planning.environment import Environment, Gpu, read_environment
 from modelrig.planning.memory import limits
 from modelrig.planning.request import ARGUMENT, Request
 from modelrig.planning.units import CPU, DISK, Device, is_gpu
-from modelrig.planning.values import AUTO
+from modelrig.planning.values import AUTO, LISTED
 
 
 @frozen
@@ -38,8 +38,7 @@ def place(request: Request, environment: Environment) -> tuple[Placement, ...]:
     wanted, origin = request.device_map, request.origin("device_map")
     usable = usable_gpus(request, environment)
     if isinstance(wanted, Mapping):
-        for device in dict.fromkeys(wanted.values()):
-            _require(device, request, environment)
+        _require(tuple(dict.fromkeys(wanted.values())), request, environment)
         main = next(filter(is_gpu, wanted.values()), CPU)
         return (Placement(main, f"runs the map asked for by {origin}", device_map=wanted),)
     if wanted in values.STRATEGIES:
@@ -49,7 +48,7 @@ def place(request: Request, environment: Environment) -> tuple[Placement, ...]:
     if wanted == DISK:
         return (Placement(CPU, f"runs what is on disk, as asked for by {origin}", device_map={"": DISK}),)
     device = values.numbered(wanted)
-    _require(device, request, environment, wanted)
+    _require((device,), request, environment, wanted)
     return (Placement(device, f"asked for by {origin}"),)
 
 
@@ -87,11 +86,14 @@ def devices_of_machine(max_memory: Any = None, environment: Environment | None =
     return tiers(request, environment or read_environment())
 
 
-def _require(device: str, request: Request, environment: Environment, spelt: str | None = None) -> None:
+def _require(devices: Sequence[str], request: Request, environment: Environment, spelt: str | None = None) -> None:
     usable = environment.gpus if environment.torch_cuda else ()
-    if is_gpu(device) and device not in {gpu.device for gpu in usable}:
+    absent = [device for device in devices if is_gpu(device) and device not in {gpu.device for gpu in usable}]
+    if absent:
         there = ", ".join(f"{gpu.device} ({gpu.name})" for gpu in usable)
-        reason = f"{spelt or device!r} (asked for by {request.origin('device_map')}) is not there: "
+        shown = ", ".join(repr(spelt or device) for device in absent[:LISTED])
+        more = f" and {len(absent) - LISTED:,} more" if len(absent) > LISTED else ""
+        reason = f"{shown}{more} (asked for by {request.origin('device_map')}) {'is' if len(absent) == 1 else 'are'} not there: "
         raise PlanError("PN-DEVICE", reason + (f"there is {there}" if usable else _why_no_gpu(environment)), locus="device_map")
 
 
