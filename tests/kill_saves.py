@@ -31,10 +31,10 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from modelrig.checkpoint.folder import consistently
-from modelrig.checkpoint.saving import in_place, protocol
-from modelrig.errors import SaveError, SaveInProgress
-from saving import ERRNOS, Faulty, Recording, leftovers, our_state, save, state
+from modelrig.checkpoint.folder import consistently  # noqa: E402
+from modelrig.checkpoint.saving import protocol  # noqa: E402
+from modelrig.errors import SaveError, SaveInProgress  # noqa: E402
+from saving import ERRNOS, Faulty, Recording, leftovers, our_state, save, state  # noqa: E402
 
 #: scenario → layouts of the old and the new save; None: there is no old one
 SCENARIOS: dict[str, tuple[str | None, str]] = {
@@ -279,7 +279,7 @@ class Run:
         if self.shell is not None and (there := state(Path(f"/proc/{self.shell}/cwd"))) != found:
             self.bad("the shell is elsewhere", f"{found} {there}")
 
-    def seconds(self, repeats: int = 15) -> float:
+    def seconds(self, repeats: int) -> float:
         """How long a save takes in a child."""
         times = []
         for _ in range(repeats):
@@ -293,7 +293,7 @@ class Run:
         return statistics.median(times)
 
     def kill_at_random(self, kills: int) -> float:
-        seconds = self.seconds()
+        seconds = self.seconds(3 if kills < 50 else 25)
         for _ in range(kills):
             child, delay = Child(self.new_save), random.random() * 1.3 * seconds
             other = Child(lambda: save(self.folder, self.generation + 2, "3 shards")) if "savers" in self.name else None
@@ -464,7 +464,7 @@ def main() -> int:
     given = options.parse_args()
     random.seed(given.seed)
     has_strace = shutil.which("strace") is not None
-    root = Path(tempfile.mkdtemp(prefix="modelrig-kill-", dir=given.folder))
+    root = Path(tempfile.mkdtemp(prefix=f"modelrig-kill-{os.getpid()}-", dir=given.folder))
     rows: list[dict[str, Any]] = []
     began = time.time()
     try:
@@ -482,7 +482,9 @@ def main() -> int:
         compared = baseline(root, given.baseline) if given.baseline and not given.quick else {}
     finally:
         shutil.rmtree(root, ignore_errors=True)
-    wrong = sum(count for row in rows for kind, count in row.items() if kind not in ("scenario", "kills", "system calls", "ms", *GOOD))
+    wrong = sum(
+        count for row in rows for kind, count in row.items() if kind not in ("scenario", "kills", "system calls", "ms", *GOOD)
+    )
     wrong += sum(count for kind, count in refused.items() if not kind.startswith("committed"))
     figures = {
         "kills": sum(row["kills"] for row in rows),
@@ -495,7 +497,7 @@ def main() -> int:
         "transformers": dict(compared),
     }
     if given.quick:
-        print(json.dumps(figures))
+        print(json.dumps({**figures, "pid": os.getpid()}))
         return int(wrong > 0)
     from benchmarks.common import table, write
 

@@ -155,6 +155,11 @@ class Recording(Vfs):
             self.open_descriptors.discard(arguments[0])
         return value
 
+    def end_process(self) -> None:
+        for descriptor in self.open_descriptors:
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
+
 
 class Faulty(Recording):
     """The `at`-th operation fails, or every one from it on. With `done` it has happened all the same, as a disk may report it."""
@@ -194,11 +199,6 @@ class Kill(Recording):
         if len(self.operations) >= self.at:
             raise Killed
         return super().call(operation, path, action, *arguments)
-
-    def end_process(self) -> None:
-        for descriptor in self.open_descriptors:
-            with contextlib.suppress(OSError):
-                os.close(descriptor)
 
 
 #: what a disk may answer

@@ -14,6 +14,7 @@ from typing import TypeVar
 from attrs import frozen
 
 from modelrig.checkpoint.files import Identity, identity
+from modelrig.checkpoint.paths import CURRENT
 from modelrig.checkpoint.saving.names import MANIFEST
 from modelrig.errors import FileError
 
@@ -28,6 +29,11 @@ class Generation:
 
     folder: tuple[int, int] | None  # inode, device
     manifest: Identity | None
+    pointer: str | None  # of a save in place that is going on
+
+    def is_still(self, now: Generation) -> bool:
+        """Whether it is this one `now`, and no names become links or files again: what fails then, fails by itself."""
+        return self == now and self.pointer is None
 
 
 @contextmanager
@@ -41,11 +47,18 @@ def held(folder: Path) -> Iterator[Generation]:
             except OSError:
                 descriptors.append(-1)
         first, second = (os.fstat(one) if one >= 0 else None for one in descriptors)
-        yield Generation(first and (first.st_ino, first.st_dev), second and identity(second))
+        yield Generation(first and (first.st_ino, first.st_dev), second and identity(second), _pointer(folder))
     finally:
         for one in descriptors:
             if one >= 0:
                 os.close(one)
+
+
+def _pointer(folder: Path) -> str | None:
+    try:
+        return os.readlink(folder / CURRENT)  # noqa: PTH115
+    except OSError:
+        return None
 
 
 def generation(folder: Path) -> Generation:
@@ -60,17 +73,18 @@ def consistently(folder: Path, read: Callable[[], T], *, attempts: int = ATTEMPT
     Raises:
         FileError: IO-CHANGED if saves follow each other so fast that `read` never finishes between two.
     """
-    for _ in range(attempts):
+    for attempt in range(1, attempts + 1):
         with held(folder) as before:
             try:
                 value = read()
             except Exception:  # two generations at once may look wrong in any way
-                if generation(folder) == before:
+                if attempt == attempts or before.is_still(generation(folder)):
                     raise
             else:
                 if generation(folder) == before:
                     return value
-    raise _never_still(folder)
+    reason = "is replaced again and again while it is read"
+    raise FileError("IO-CHANGED", reason, path=folder, hint="wait for the saves to end")
 
 
 def again_if_exchanged(folder: Path, load: Callable[[], T], *, attempts: int = ATTEMPTS) -> T:
@@ -83,10 +97,6 @@ def again_if_exchanged(folder: Path, load: Callable[[], T], *, attempts: int = A
             try:
                 return load()
             except Exception:
-                if generation(folder) == before:
+                if before.is_still(generation(folder)):
                     raise
     return load()
-
-
-def _never_still(folder: Path) -> FileError:
-    return FileError("IO-CHANGED", "is replaced again and again while it is read", path=folder, hint="wait for the saves to end")

@@ -20,7 +20,7 @@ from modelrig.checkpoint.saving.stage import Stage, find_stages, make_stage
 from modelrig.checkpoint.saving.surroundings import why_in_place
 from modelrig.checkpoint.saving.tree import Carried, Settling, Skip, carry, like, sync_folder
 from modelrig.checkpoint.saving.vfs import UNSUPPORTED, OperationError, Vfs
-from modelrig.checkpoint.saving.writing import Job, write_files, write_manifest
+from modelrig.checkpoint.saving.writing import Job, listed_in, write_files, write_manifest
 from modelrig.errors import CheckpointError
 
 _NOT_THIS_FOLDER = UNSUPPORTED | {errno.EXDEV, errno.EBUSY}
@@ -37,6 +37,12 @@ class Progress:
     committed: str = "no"
     notes: list[str] = field(factory=list)
     is_durable: bool = True
+    #: of saves that were killed in the folder while its files changed one by one
+    unfinished: list[Manifest] = field(factory=list)
+
+    def manifests(self, old: Manifest | None) -> list[Manifest]:
+        """Of all saves that may have left files in the folder."""
+        return [*self.unfinished, *([old] if old else [])]
 
 
 def tolerant_manifest(folder: Path, notes: list[str] | None = None) -> Manifest | None:
@@ -67,7 +73,7 @@ def save_by_exchange(vfs: Vfs, job: Job, folder: Path, progress: Progress) -> tu
     """
     stage = make_stage(vfs, folder.parent / f"{stage_prefix(folder.name)}{job.id}", durable=job.durable)
     carried: dict[PurePath, Carried] = {}
-    skip = skipper(job.ownership(None), frozenset())
+    skip = skipper(job.ownership(()), frozenset())
     try:
         before = vfs.status(folder)
         if before is not None:
@@ -75,15 +81,15 @@ def save_by_exchange(vfs: Vfs, job: Job, folder: Path, progress: Progress) -> tu
         old = tolerant_manifest(folder, progress.notes)
         written = write_files(vfs, job, stage.tree, folder)
         manifest_row = write_manifest(vfs, job, stage.tree, written, old, folder)
-        skip = skipper(job.ownership(old), written.names)
+        skip = skipper(job.ownership(progress.manifests(old)), written.names)
         if before is not None:
             carried = carry(vfs, folder, stage.tree, skip)
             vfs.set_mode(stage.tree, stat.S_IMODE(before.st_mode))
             like(vfs, stage.tree, before)
         if job.durable:
             progress.is_durable = _sync_tree(vfs, stage.tree, carried)
+        progress.committed = "uncertain"
         _commit(vfs, stage, folder, carried, skip)
-        progress.committed = "uncertain" if job.durable else "yes"
         if job.durable:
             progress.is_durable &= sync_folder(vfs, folder.parent)
         progress.committed = "yes"
@@ -126,13 +132,16 @@ def _commit(vfs: Vfs, stage: Stage, folder: Path, carried: dict[PurePath, Carrie
             return
     if reason := why_in_place(folder, vfs):
         raise CannotExchange(reason)
-    carried.update(carry(vfs, folder, stage.tree, skip))  # what others wrote while we did
+    # What others write is carried once more just before and just after: a file must not be missing for longer than that, nor
+    # stand under a name that its writer took away, for he may use the name again and write into the same file.
+    Settling(vfs, folder, stage.tree, skip, carried, stage.scratch).catch_up()
     try:
         vfs.exchange(stage.tree, folder)
     except OperationError as error:
         if error.errno in _NOT_THIS_FOLDER:
             raise CannotExchange(f"the system does not exchange it: {error.strerror}") from error
         raise
+    Settling(vfs, stage.tree, folder, skip, carried, stage.scratch).catch_up()
 
 
 def _clean_up(
@@ -154,11 +163,9 @@ def _recover(vfs: Vfs, stage: Stage, folder: Path, skip: Skip, carried: dict[Pur
     if status is None or status.st_ino != stage.inode:
         progress.committed = "no"
         stage.remove(vfs)
-    elif progress.committed == "no":  # the commit itself was interrupted, or reported as failed, and yet it happened
-        progress.committed = "uncertain"
     elif progress.committed == "yes":
         _clean_up(vfs, stage, folder, skip, carried)
-    # Uncertain: after a power failure the old folder may be the one in place, so it is kept until the next save.
+    # Else it is in place, though something failed: after a power failure the old folder may be, so both are kept for now.
 
 
 def sweep(vfs: Vfs, folder: Path, *, durable: bool, notes: list[str]) -> None:
@@ -182,5 +189,5 @@ def _skip_of_the_dead(stage: Stage, folder: Path) -> Skip:
     variants = None
     if new is not None:
         variants = frozenset(one for name in new.files if (one := tensor_file_variant(name, HUGGING_FACE)) is not None)
-    listed = {name: file.bytes for name, file in old.files.items()} if old else {}
+    listed = listed_in([old] if old else [])
     return skipper(Ownership(HUGGING_FACE, variants, listed), frozenset(new.files if new else ()))

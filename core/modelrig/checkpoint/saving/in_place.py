@@ -45,7 +45,7 @@ def save_in_place(vfs: Vfs, job: Job, folder: Path, progress: Progress) -> tuple
         old = tolerant_manifest(folder, progress.notes)
         written = write_files(vfs, job, stage.tree, folder, None if has_links else job.id[:12])
         manifest_row = write_manifest(vfs, job, stage.tree, written, old, folder)
-        is_ours = skipper(job.ownership(old), written.names)
+        is_ours = skipper(job.ownership(progress.manifests(old)), written.names)
         replaced = [
             name for name in vfs.listdir(folder) if (status := vfs.status(folder / name)) is not None and is_ours(name, status)
         ]
@@ -155,17 +155,20 @@ def _recover(vfs: Vfs, stage: Stage, folder: Path, progress: Progress) -> None:
         if not is_new:
             progress.committed = "no"
         _settle(vfs, folder, durable=False)
-    stage.remove(vfs)
+    if progress.committed != "uncertain":  # else its manifest says to the next save which files are whose
+        stage.remove(vfs)
 
 
-def sweep_inside(vfs: Vfs, folder: Path, *, durable: bool, notes: list[str]) -> None:
+def sweep_inside(vfs: Vfs, folder: Path, progress: Progress, *, durable: bool) -> None:
     """Finish or undo what killed saves left in `folder`."""
     if durable and vfs.status(folder / CURRENT) is not None:
         sync_folder(vfs, folder)
     _settle(vfs, folder, durable=durable)
     ours, others = find_stages(vfs, folder, stage_prefix(""))
-    notes += [f"left alone, it is none of ours: {path}" for path in others]
+    progress.notes += [f"left alone, it is none of ours: {path}" for path in others]
     for stage in ours:
+        if manifest := tolerant_manifest(stage.tree):
+            progress.unfinished.append(manifest)
         stage.remove(vfs)
 
 
@@ -211,12 +214,12 @@ def _replace_one_by_one(
             _take_back(vfs, stage, folder, small, kept, progress, present[0] if is_later else None, entry)
         raise
     progress.committed = "uncertain"
-    vfs.rename(stage.tree / MANIFEST, folder / MANIFEST)
     if job.durable:
         sync_folder(vfs, folder)
     written_names = {*shards, *small, entry, MANIFEST, *(present if is_later else ())}
     for name in sorted(set(replaced) - written_names):
         vfs.unlink(folder / name)
+    vfs.rename(stage.tree / MANIFEST, folder / MANIFEST)
 
 
 def _take_back(

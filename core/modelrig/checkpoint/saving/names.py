@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence, Set
 
 from attrs import frozen
 
@@ -55,15 +55,15 @@ class Ownership:
     formats: Sequence[FileNames]
     #: "" for none; None where the files of all variants are ours
     variants: frozenset[str] | None
-    #: name → bytes, of the files the folder's manifest lists
-    listed: Mapping[str, int]
+    #: (name, bytes) of the files that manifests list
+    listed: Set[tuple[str, int]]
 
     def owns(self, name: str, size: int) -> bool:
         """Whether the file `name`, which has `size` bytes, is ours. One that was listed and was edited since is not."""
         variant = tensor_file_variant(name, self.formats)
         if variant is not None:
             return self.variants is None or variant in self.variants
-        return name in (MANIFEST, lock_name("")) or self.listed.get(name) == size
+        return name in (MANIFEST, lock_name("")) or (name, size) in self.listed
 
 
 def tensor_file_variant(name: str, formats: Sequence[FileNames]) -> str | None:

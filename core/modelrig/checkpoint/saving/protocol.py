@@ -27,7 +27,7 @@ from modelrig.checkpoint.saving.shards import shard_bytes
 from modelrig.checkpoint.saving.surroundings import locate, why_in_place
 from modelrig.checkpoint.saving.vfs import OperationError, Vfs
 from modelrig.checkpoint.saving.writing import Job, Read
-from modelrig.components import FormatPlanner, StoredTensor
+from modelrig.components import DTYPE_BITS, FormatPlanner, StoredTensor
 from modelrig.errors import ModelrigError, SaveError, quoted
 
 _SAID = {
@@ -165,7 +165,7 @@ def _lock(vfs: Vfs, locks: ExitStack, folder: Path, job: Job, state: Progress) -
     if is_beside:
         sweep(vfs, folder, durable=job.durable, notes=state.notes)
     if exists:
-        sweep_inside(vfs, folder, durable=job.durable, notes=state.notes)
+        sweep_inside(vfs, folder, state, durable=job.durable)
 
 
 def _look_ahead(vfs: Vfs, job: Job, folder: Path, overwrite: bool) -> None:
@@ -255,6 +255,9 @@ def _check(
 def _check_names(job: Job) -> None:
     seen: set[str] = set()
     for tensor in job.tensors:
+        if tensor.dtype not in DTYPE_BITS:  # the format says it better, if it knows none either
+            job.format.size((tensor,), job.metadata)
+            raise SaveError("SV-ARGS", f"{quoted(tensor.dtype)} is no dtype", locus=tensor.name)
         for name in (tensor.name, *tensor.aliases):
             if name in seen:
                 raise SaveError("SV-ARGS", "is given twice", locus=name)

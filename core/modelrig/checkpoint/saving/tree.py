@@ -147,9 +147,16 @@ class Settling:
         """False if somebody writes into `old` faster than it is emptied."""
         return any(self._round() for _ in range(_ROUNDS))
 
+    def catch_up(self) -> None:
+        """Only bring what others wrote. Nothing is removed from `old`, so this can be done before or after the exchange."""
+        for inside, status in walk(self.vfs, self.old, self.skip):
+            if stat.S_ISDIR(status.st_mode):
+                _make_folder(self.vfs, self.new / inside, status)
+            else:
+                self._keep(inside, status)
+        self._take_away()
+
     def _round(self) -> bool:
-        for inside in [path for path in self.carried if self.vfs.status(self.old / path) is None]:
-            self._take_away(inside)
         folders = [PurePath()]
         for inside, status in walk(self.vfs, self.old, lambda _name, _status: False):
             if stat.S_ISDIR(status.st_mode):
@@ -163,6 +170,7 @@ class Settling:
             if again is not None and _state(again) == _state(status):
                 self.carried.pop(inside, None)  # first: should we come back, it was not somebody else who took it away
                 self.vfs.unlink(self.old / inside)
+        self._take_away()
         are_gone = [self._remove_folder(inside) for inside in reversed(folders)]
         return all(are_gone)
 
@@ -178,13 +186,16 @@ class Settling:
         else:
             is_newer = known.source != _state(status) and known.placed == there.st_ino
         if is_newer and duplicate(self.vfs, self.old / inside, self.scratch, status):
+            placed = self.vfs.lstat(self.scratch).st_ino
             self.vfs.rename(self.scratch, self.new / inside)
+            self.carried[inside] = Carried(_state(status), placed)
 
-    def _take_away(self, inside: PurePath) -> None:
-        """It went from the old folder after it was carried, as temporary files of a writer do."""
-        there = self.vfs.status(self.new / inside)
-        if there is not None and there.st_ino == self.carried.pop(inside).placed:
-            self.vfs.unlink(self.new / inside)
+    def _take_away(self) -> None:
+        """What went from the old folder after it was carried, as the temporary files of a writer do."""
+        for inside in [path for path in self.carried if self.vfs.status(self.old / path) is None]:
+            known, there = self.carried.pop(inside), self.vfs.status(self.new / inside)
+            if there is not None and there.st_ino == known.placed:
+                self.vfs.unlink(self.new / inside)
 
     def _remove_folder(self, inside: PurePath) -> bool:
         try:

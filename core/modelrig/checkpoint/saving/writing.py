@@ -56,10 +56,9 @@ class Job:
     def layout(self, mark: str | None = None) -> Layout:
         return lay_out(self.tensors, self.limit, self.names, variant=self.variant, mark=mark, with_aliases=self.with_aliases)
 
-    def ownership(self, listed: Manifest | None) -> Ownership:
-        """What of the folder with the manifest `listed` this save replaces."""
-        rows = {} if listed is None else {name: file.bytes for name, file in listed.files.items()}
-        return Ownership(self.formats, frozenset({self.variant or ""}), rows)
+    def ownership(self, manifests: Iterable[Manifest]) -> Ownership:
+        """What this save replaces of a folder in which the saves that wrote these manifests were made."""
+        return Ownership(self.formats, frozenset({self.variant or ""}), listed_in(manifests))
 
     def bytes_needed(self) -> int:
         """What a save adds to the disk until the old files are removed."""
@@ -67,6 +66,11 @@ class Job:
         total = sum(self.format.size(shard.tensors, self.metadata) for shard in layout.shards)
         total += sum(len(data) if isinstance(data, bytes) else data.stat().st_size for data in self.files.values())
         return total + (len(layout.index[1]) if layout.index else 0)
+
+
+def listed_in(manifests: Iterable[Manifest]) -> frozenset[tuple[str, int]]:
+    """(name, bytes) of every file that one of them lists."""
+    return frozenset((file.name, file.bytes) for one in manifests for file in one.files.values())
 
 
 @frozen
