@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 NAME = "pytorch_bin"
-PICKLE_BYTES, PICKLE_BYTES_PER_RECORD = 1 << 24, 1 << 10  # the most a pickle may have; torch.save writes 100 to 300 for a tensor
+PICKLE_BYTES, PICKLE_BYTES_PER_RECORD = 1 << 22, 1 << 9  # the most a pickle may have; torch.save writes 100 to 250 for a tensor
 FILES = FileNames("pytorch_model", ".bin")
 #: what trainers leave beside the weights under the same suffix; never opened
 NOT_WEIGHTS = frozenset({"training_args.bin", "optimizer.bin", "scheduler.bin", "scaler.bin", "sampler.bin"})
