@@ -1,4 +1,4 @@
-"""Pickles and archives made to do harm: each ends in one typed error that names the file, soon, in little memory. Nothing is run."""
+"""Pickles and archives made to do harm: each ends in one typed error that names the file, soon, and in little memory."""
 
 from __future__ import annotations
 

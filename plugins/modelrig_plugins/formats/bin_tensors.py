@@ -13,7 +13,7 @@ from attrs import Factory, define
 from modelrig.checkpoint.headers import MAX_DIMENSION, MAX_DIMENSIONS, MAX_ELEMENTS, MAX_TENSORS
 from modelrig.components import DTYPE_BITS, TensorEntry
 from modelrig.errors import FormatError, quoted
-from modelrig_plugins.formats.pickle_scan import Storage, StoredView, Unsupported, told
+from modelrig_plugins.formats.pickle_words import Storage, StoredView, Unsupported, told
 from modelrig_plugins.formats.zip_scan import Record
 
 WRAPPER = "state_dict"  # the one key under which a checkpoint may have its tensors

@@ -19,7 +19,7 @@ from attrs import define, field
 
 from modelrig.components import StoredTensor
 from modelrig.errors import FormatError
-from modelrig_plugins.formats.pickle_scan import DTYPES, STORAGES
+from modelrig_plugins.formats.pickle_words import DTYPES, STORAGES
 from modelrig_plugins.formats.writing import parts_of, require_names
 from modelrig_plugins.formats.zip_scan import (
     CENTRAL,

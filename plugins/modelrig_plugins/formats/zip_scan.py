@@ -69,10 +69,10 @@ def _require_zip(head: bytes, size: int, path: Path) -> None:
     if head[257:262] == b"ustar":
         hint = "convert it where no harm can be done, since reading it can run code, with torch.load(file, weights_only=False)"
         raise FormatError("PK-LEGACY", "a tar archive, as torch.save wrote before version 0.1.10", path=path, hint=hint)
-    kind, hint = looks_like(head) or ("nothing that is known here", None)
+    kind, what_to_do = looks_like(head) or ("nothing that is known here", None)
     if not any(head):
-        kind, hint = "zeros", _AGAIN
-    raise FormatError("ZP-MAGIC", f"not the zip archive that torch.save writes; it looks like {kind}", path=path, hint=hint)
+        kind, what_to_do = "zeros", _AGAIN
+    raise FormatError("ZP-MAGIC", f"not the zip archive that torch.save writes; it looks like {kind}", path=path, hint=what_to_do)
 
 
 # ------------------------------------------------------------------------------------------------ the end of the archive

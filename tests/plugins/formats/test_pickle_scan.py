@@ -16,10 +16,12 @@ from hypothesis import strategies as st
 from binfiles import HOOKS, called, group, mapping, number, storage, tensor, text, whole, word
 from modelrig.errors import FormatError
 from modelrig_plugins.formats.bin_writer import pickled
-from modelrig_plugins.formats.pickle_scan import REFUSED, StoredView, scan
+from modelrig_plugins.formats.pickle_scan import REFUSED, scan
+from modelrig_plugins.formats.pickle_words import StoredView
 
 FILE = Path("x.bin")
 REBUILD = word("torch._utils", "_rebuild_tensor_v2")
+OF_TYPE = word("torch._tensor", "_rebuild_from_type_v2")
 SIX = (number(0), group(number(6)), group(number(1)), b"\x89", HOOKS)
 
 
@@ -88,6 +90,8 @@ def test_a_global_beside_the_list_is_refused_by_name_with_its_place(module, name
         called(word("torch._utils", "_rebuild_parameter"), text("x"), b"\x89"),
         called(word("torch", "float32")),
         called(number(1)),
+        called(OF_TYPE, OF_TYPE, word("torch", "Tensor"), group(), b"N"),
+        called(OF_TYPE, word("collections", "OrderedDict"), word("torch", "Tensor"), b")", b"N"),
         REBUILD + text("a") + b"R",
         REBUILD + group() + b"R",
         REBUILD + group(storage()) + b"R",
@@ -104,7 +108,7 @@ def test_a_global_beside_the_list_is_refused_by_name_with_its_place(module, name
         tensor() + b"}b",
         b"]" + text("state") + b"b",
     ],
-    ids=range(24),
+    ids=range(26),
 )  # fmt: skip
 def test_a_listed_global_is_called_as_torch_calls_it_or_not_at_all(body):
     error = refused(whole(mapping(w=body)))
