@@ -19,8 +19,9 @@ PART_BYTES = 4 << 20
 def bytes_of(tensor: Tensor, dtype: torch.dtype) -> Iterator[memoryview]:
     """The values of `tensor`, cast to `dtype`. A part is valid until the next one is asked for."""
     for block in _blocks(tensor, max(1, PART_BYTES // max(dtype.itemsize, tensor.element_size()))):
-        values = block.detach().to("cpu", dtype).contiguous().view(-1)
-        yield values.view(torch.uint8).numpy().data
+        values = block.detach().to("cpu", dtype).contiguous()
+        flat = values.as_strided((values.numel(),), (1,))  # a single element may have any stride
+        yield flat.view(torch.uint8).numpy().data
 
 
 def _blocks(tensor: Tensor, count: int) -> Iterator[Tensor]:
