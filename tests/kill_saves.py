@@ -34,7 +34,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from modelrig.checkpoint.folder import consistently  # noqa: E402
 from modelrig.checkpoint.saving import protocol  # noqa: E402
 from modelrig.errors import SaveError, SaveInProgress  # noqa: E402
-from saving import ERRNOS, Faulty, Recording, leftovers, our_state, save, state  # noqa: E402
+from saves import ERRNOS, Faulty, Recording, leftovers, our_state, save, state  # noqa: E402
 
 #: scenario → layouts of the old and the new save; None: there is no old one
 SCENARIOS: dict[str, tuple[str | None, str]] = {

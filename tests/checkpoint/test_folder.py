@@ -15,7 +15,7 @@ from modelrig.checkpoint.saving import protocol
 from modelrig.checkpoint.saving.manifest import read_manifest
 from modelrig.components import Snapshot
 from modelrig.errors import CheckpointError, FileError
-from saving import our_state, save
+from saves import our_state, save
 
 
 @pytest.fixture(params=["exchange", "in place"])

@@ -13,7 +13,7 @@ import pytest
 
 from modelrig.checkpoint.saving import in_place, protocol
 from modelrig.errors import SaveError
-from saving import ERRNOS, Faulty, Kill, Killed, Recording, leftovers, our_state, save, save_bin, state
+from saves import ERRNOS, Faulty, Kill, Killed, Recording, leftovers, our_state, save, save_bin, state
 
 #: how a save commits
 WAYS = ("exchange", "links", "one by one")

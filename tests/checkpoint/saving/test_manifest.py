@@ -15,7 +15,7 @@ from modelrig.checkpoint.saving.manifest import Manifest, SavedFile, read_manife
 from modelrig.checkpoint.saving.names import HUGGING_FACE, Ownership
 from modelrig.checkpoint.saving.verify import verify
 from modelrig.errors import IntegrityError
-from saving import save
+from saves import save
 
 GOOD = {"schema": 1, "tool": "modelrig 1", "save_id": "a" * 32, "files": {"x.bin": {"bytes": 3, "sha256": "0" * 64}}, "ties": {}}
 

@@ -27,8 +27,8 @@ from modelrig.checkpoint.saving.vfs import OperationError, Vfs
 from modelrig.components import StoredTensor
 from modelrig.errors import FormatError, SaveError, SaveInProgress
 from modelrig_plugins.formats.safetensors import SafetensorsPlanner
-from saving import Faulty, Recording, filled, leftovers, our_state, save, save_bin, state, tensors
-from saving import tree as files_of
+from saves import Faulty, Recording, filled, leftovers, our_state, save, save_bin, state, tensors
+from saves import tree as files_of
 
 ROOT = Path(__file__).parents[3]
 DTYPES = ("float32", "uint8", "bool", "int64")
@@ -426,7 +426,7 @@ MOUNTED = """
 import os, subprocess, sys
 from pathlib import Path
 sys.path.insert(0, "tests")
-from saving import leftovers, save, state
+from saves import leftovers, save, state
 from modelrig.errors import SaveError
 root = Path(sys.argv[1])
 target = root / "model"

@@ -18,16 +18,21 @@ from modelrig.checkpoint.saving.manifest import Manifest, SavedFile, read_manife
 from modelrig.checkpoint.saving.names import HUGGING_FACE, Ownership, stage_prefix, tensor_file_variant
 from modelrig.checkpoint.saving.stage import Stage, find_stages, make_stage
 from modelrig.checkpoint.saving.surroundings import why_in_place
-from modelrig.checkpoint.saving.tree import Carried, Settling, Skip, carry, like, sync_folder
+from modelrig.checkpoint.saving.tree import Carried, Settling, Skip, carry, like, states, sync_folder
 from modelrig.checkpoint.saving.vfs import UNSUPPORTED, OperationError, Vfs
-from modelrig.checkpoint.saving.writing import Job, listed_in, write_files, write_manifest
+from modelrig.checkpoint.saving.writing import Job, Written, listed_in, write_files, write_manifest
 from modelrig.errors import CheckpointError
 
+_ACTIVE = "another process writes into it"
 _NOT_THIS_FOLDER = UNSUPPORTED | {errno.EXDEV, errno.EBUSY}
 
 
 class CannotExchange(Exception):  # noqa: N818 - not an error: there is another way
-    """The folder cannot change places with another; `args[0]` says why."""
+    """The folder cannot, or should not, change places with another. What was written until then is of use all the same."""
+
+    def __init__(self, reason: str, prepared: tuple[Stage, Written] | None = None) -> None:
+        super().__init__(reason)
+        self.reason, self.prepared = reason, prepared
 
 
 @define
@@ -74,15 +79,19 @@ def save_by_exchange(vfs: Vfs, job: Job, folder: Path, progress: Progress) -> tu
     stage = make_stage(vfs, folder.parent / f"{stage_prefix(folder.name)}{job.id}", durable=job.durable)
     carried: dict[PurePath, Carried] = {}
     skip = skipper(job.ownership(()), frozenset())
+    written = None
     try:
         before = vfs.status(folder)
         if before is not None:
             _probe(vfs, stage)
         old = tolerant_manifest(folder, progress.notes)
+        skip = skipper(job.ownership(progress.manifests(old)), job.names_written())
+        foreign = states(vfs, folder, skip) if before is not None else {}
         written = write_files(vfs, job, stage.tree, folder)
         manifest_row = write_manifest(vfs, job, stage.tree, written, old, folder)
-        skip = skipper(job.ownership(progress.manifests(old)), written.names)
         if before is not None:
+            if foreign != states(vfs, folder, skip):
+                raise CannotExchange(_ACTIVE)
             carried = carry(vfs, folder, stage.tree, skip)
             vfs.set_mode(stage.tree, stat.S_IMODE(before.st_mode))
             like(vfs, stage.tree, before)
@@ -94,6 +103,12 @@ def save_by_exchange(vfs: Vfs, job: Job, folder: Path, progress: Progress) -> tu
             progress.is_durable &= sync_folder(vfs, folder.parent)
         progress.committed = "yes"
         _clean_up(vfs, stage, folder, skip, carried, progress.notes)
+    except CannotExchange as error:
+        progress.committed = "no"
+        if written is None:
+            stage.remove(vfs)
+            raise
+        raise CannotExchange(error.reason, (stage, written)) from error
     except BaseException:
         with contextlib.suppress(OSError):
             _recover(vfs, stage, folder, skip, carried, progress)
@@ -132,9 +147,9 @@ def _commit(vfs: Vfs, stage: Stage, folder: Path, carried: dict[PurePath, Carrie
             return
     if reason := why_in_place(folder, vfs):
         raise CannotExchange(reason)
-    # What others write is carried once more just before and just after: a file must not be missing for longer than that, nor
-    # stand under a name that its writer took away, for he may use the name again and write into the same file.
-    Settling(vfs, folder, stage.tree, skip, carried, stage.scratch).catch_up()
+    # A process that writes files of its own and renames them sees its work torn apart when that happens around an exchange.
+    if Settling(vfs, folder, stage.tree, skip, carried, stage.scratch).catch_up():
+        raise CannotExchange(_ACTIVE)
     try:
         vfs.exchange(stage.tree, folder)
     except OperationError as error:

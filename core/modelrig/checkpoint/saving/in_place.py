@@ -19,6 +19,7 @@ the exchange of folders too.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import stat
@@ -37,13 +38,27 @@ from modelrig.checkpoint.saving.writing import Job, Written, write_files, write_
 _POINTER = re.compile(rf"{re.escape(stage_prefix(''))}[0-9a-f]{{32}}/(old|tree)")
 
 
-def save_in_place(vfs: Vfs, job: Job, folder: Path, progress: Progress) -> tuple[SavedFile, ...]:
-    """Write the checkpoint into `folder`, which exists. Raises like `save_by_exchange`."""
-    stage = make_stage(vfs, folder / f"{stage_prefix('')}{job.id}", durable=job.durable)
+def save_in_place(
+    vfs: Vfs, job: Job, folder: Path, progress: Progress, prepared: tuple[Stage, Written] | None = None
+) -> tuple[SavedFile, ...]:
+    """Write the checkpoint into `folder`, which exists. Raises like `save_by_exchange`.
+
+    Args:
+        prepared: a stage beside the folder and what was written into it, to be used here.
+    """
+    place, written = folder / f"{stage_prefix('')}{job.id}", None
+    if prepared and (moved := _move_inside(vfs, *prepared, place)):
+        stage, written = moved, prepared[1]
+    else:
+        stage = make_stage(vfs, place, durable=job.durable)
     try:
         has_links = _has_links(vfs, stage)
         old = tolerant_manifest(folder, progress.notes)
-        written = write_files(vfs, job, stage.tree, folder, None if has_links else job.id[:12])
+        if written is None or not has_links:
+            for name in vfs.listdir(stage.tree):
+                remove(vfs, stage.tree / name)
+            written = write_files(vfs, job, stage.tree, folder, None if has_links else job.id[:12])
+        remove(vfs, stage.tree / MANIFEST)
         manifest_row = write_manifest(vfs, job, stage.tree, written, old, folder)
         is_ours = skipper(job.ownership(progress.manifests(old)), written.names)
         replaced = [
@@ -69,6 +84,22 @@ def save_in_place(vfs: Vfs, job: Job, folder: Path, progress: Progress) -> tuple
             _recover(vfs, stage, folder, progress)
         raise
     return (*written.files, manifest_row)
+
+
+def _move_inside(vfs: Vfs, stage: Stage, written: Written, place: Path) -> Stage | None:
+    """The stage at `place`, without the files of others that were carried into it; None where it cannot be moved there."""
+    try:
+        for name in vfs.listdir(stage.tree):
+            if name not in written.names:
+                remove(vfs, stage.tree / name)
+        vfs.rename(stage.folder, place)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            stage.remove(vfs)
+        if isinstance(error, OperationError) and error.operation == "rename" and error.errno in (errno.EXDEV, errno.EBUSY):
+            return None
+        raise
+    return Stage(place, stage.inode)
 
 
 # ------------------------------------------------------------------------------------------------ links

@@ -131,16 +131,16 @@ def _save(vfs: Vfs, job: Job, folder: Path, overwrite: bool, state: Progress) ->
         with ExitStack() as locks:
             _lock(vfs, locks, folder, job, state)
             _look_ahead(vfs, job, folder, overwrite)
-            reason = why_in_place(folder, vfs) if vfs.status(folder) is not None else None
+            reason, prepared = why_in_place(folder, vfs) if vfs.status(folder) is not None else None, None
             if reason is None:
                 try:
                     saved = save_by_exchange(vfs, job, folder, state)
                 except CannotExchange as error:
-                    reason = str(error)
+                    reason, prepared = error.reason, error.prepared
                 else:
                     return saved, "atomic+durable" if job.durable and state.is_durable else "atomic"
             state.notes.append(f"its files were exchanged in place: {reason}")
-            return save_in_place(vfs, job, folder, state), "in place"
+            return save_in_place(vfs, job, folder, state, prepared), "in place"
     except BaseException:
         if state.committed == "no":
             _remove_folders(vfs, made)

@@ -54,6 +54,11 @@ def walk(vfs: Vfs, folder: Path, skip: Skip) -> Iterator[tuple[PurePath, os.stat
                 waiting.append(inside / name)
 
 
+def states(vfs: Vfs, folder: Path, skip: Skip) -> dict[PurePath, tuple[int, int, int] | None]:
+    """What tells whether somebody changes files of `folder`."""
+    return {inside: None if stat.S_ISDIR(status.st_mode) else _state(status) for inside, status in walk(vfs, folder, skip)}
+
+
 def carry(vfs: Vfs, source: Path, destination: Path, skip: Skip) -> dict[PurePath, Carried]:
     """Everything of `source` that is not there yet into `destination`: as hard links, or as copies where there are none.
 
@@ -69,15 +74,16 @@ def carry(vfs: Vfs, source: Path, destination: Path, skip: Skip) -> dict[PurePat
     return carried
 
 
-def _make_folder(vfs: Vfs, place: Path, status: os.stat_result) -> None:
+def _make_folder(vfs: Vfs, place: Path, status: os.stat_result) -> bool:
     try:
         vfs.mkdir(place)
     except OperationError as error:
         if error.errno != errno.EEXIST:
             raise
-        return
+        return False
     vfs.set_mode(place, stat.S_IMODE(status.st_mode) | stat.S_IRWXU)
     like(vfs, place, status)
+    return True
 
 
 def duplicate(vfs: Vfs, source: Path, place: Path, status: os.stat_result) -> bool:
@@ -147,14 +153,15 @@ class Settling:
         """False if somebody writes into `old` faster than it is emptied."""
         return any(self._round() for _ in range(_ROUNDS))
 
-    def catch_up(self) -> None:
-        """Only bring what others wrote. Nothing is removed from `old`, so this can be done before or after the exchange."""
+    def catch_up(self) -> bool:
+        """Only bring what others wrote, and say whether there was something. Nothing is removed from `old`."""
+        found = False
         for inside, status in walk(self.vfs, self.old, self.skip):
             if stat.S_ISDIR(status.st_mode):
-                _make_folder(self.vfs, self.new / inside, status)
+                found |= _make_folder(self.vfs, self.new / inside, status)
             else:
-                self._keep(inside, status)
-        self._take_away()
+                found |= self._keep(inside, status)
+        return self._take_away() or found
 
     def _round(self) -> bool:
         folders = [PurePath()]
@@ -174,7 +181,7 @@ class Settling:
         are_gone = [self._remove_folder(inside) for inside in reversed(folders)]
         return all(are_gone)
 
-    def _keep(self, inside: PurePath, status: os.stat_result) -> None:
+    def _keep(self, inside: PurePath, status: os.stat_result) -> bool:
         """Whoever wrote last is right: in the old folder, or in the new one since."""
         there, known = self.vfs.status(self.new / inside), self.carried.get(inside)
         if there is None:
@@ -189,13 +196,16 @@ class Settling:
             placed = self.vfs.lstat(self.scratch).st_ino
             self.vfs.rename(self.scratch, self.new / inside)
             self.carried[inside] = Carried(_state(status), placed)
+        return is_newer
 
-    def _take_away(self) -> None:
+    def _take_away(self) -> bool:
         """What went from the old folder after it was carried, as the temporary files of a writer do."""
-        for inside in [path for path in self.carried if self.vfs.status(self.old / path) is None]:
+        gone = [path for path in self.carried if self.vfs.status(self.old / path) is None]
+        for inside in gone:
             known, there = self.carried.pop(inside), self.vfs.status(self.new / inside)
             if there is not None and there.st_ino == known.placed:
                 self.vfs.unlink(self.new / inside)
+        return bool(gone)
 
     def _remove_folder(self, inside: PurePath) -> bool:
         try:

@@ -56,6 +56,11 @@ class Job:
     def layout(self, mark: str | None = None) -> Layout:
         return lay_out(self.tensors, self.limit, self.names, variant=self.variant, mark=mark, with_aliases=self.with_aliases)
 
+    def names_written(self) -> frozenset[str]:
+        """Of all files, the manifest among them."""
+        layout = self.layout()
+        return frozenset({*(shard.name for shard in layout.shards), layout.entry, *self.files, MANIFEST})
+
     def ownership(self, manifests: Iterable[Manifest]) -> Ownership:
         """What this save replaces of a folder in which the saves that wrote these manifests were made."""
         return Ownership(self.formats, frozenset({self.variant or ""}), listed_in(manifests))
