@@ -142,11 +142,14 @@ def test_dropped_tensors_are_in_no_target_and_not_written_again() -> None:
     assert ["w"] == list(stored_tensors(targets))
 
 
-@pytest.mark.parametrize(("shapes", "dim"), [([(2, 3), (4, 3)], 0), ([(2, 3), (2, 1)], 1), ([(2,), (0,), (3,)], -1), ([(2, 0)] * 2, 0)])
+@pytest.mark.parametrize(
+    ("shapes", "dim"), [([(2, 3), (4, 3)], 0), ([(2, 3), (2, 1)], 1), ([(2,), (0,), (3,)], -1), ([(2, 0)] * 2, 0)]
+)
 def test_concat_is_torch_cat(shapes: list[tuple[int, ...]], dim: int) -> None:
     names = ["q", "k", "v"][: len(shapes)]
     stored = numbers(**{f"l__7__{name}": shape for name, shape in zip(names, shapes, strict=True)})
-    check([Concat([f"l.{{i}}.{name}" for name in names], "l.{i}.all", dim)], stored, {"l.7.all": torch.cat([*stored.values()], dim)})
+    rule = Concat([f"l.{{i}}.{name}" for name in names], "l.{i}.all", dim)
+    check([rule], stored, {"l.7.all": torch.cat([*stored.values()], dim)})
 
 
 def test_concat_takes_its_inputs_in_the_rules_order_not_the_files() -> None:
@@ -178,7 +181,9 @@ def test_split_is_torch_split(shape: tuple[int, ...], sizes: tuple[int, ...] | N
     check([Split("qkv", ["q", "k", "v"], sizes, dim)], stored, dict(zip("qkv", parts, strict=True)))
 
 
-@pytest.mark.parametrize(("shape", "dims"), [((2, 3), (0, 1)), ((2, 3, 4), (1, 2)), ((2, 3, 4), (0, -1)), ((5, 5), (0, 0)), ((0, 3), (0, 1))])
+@pytest.mark.parametrize(
+    ("shape", "dims"), [((2, 3), (0, 1)), ((2, 3, 4), (1, 2)), ((2, 3, 4), (0, -1)), ((5, 5), (0, 0)), ((0, 3), (0, 1))]
+)
 def test_transpose_is_torch_transpose(shape: tuple[int, ...], dims: tuple[int, int]) -> None:
     stored = numbers(w=shape)
     check([Transpose("w", "w", dims)], stored, {"w": stored["w"].transpose(*dims)})
@@ -261,9 +266,8 @@ def test_what_was_transposed_is_permuted_and_the_other_way_round(heads: int) -> 
     value = stored["w"]
     check([Transpose("w", "w"), PermuteRope("w", "w", heads)], stored, {"w": permuted(value.T, heads)})
     check([PermuteRope("w", "w", heads), Transpose("w", "w")], stored, {"w": permuted(value, heads).T})
-    check(
-        [PermuteRope("w", "w", heads), Transpose("w", "w"), PermuteRope("w", "w", 2)], stored, {"w": permuted(permuted(value, heads).T, 2)}
-    )
+    thrice = [PermuteRope("w", "w", heads), Transpose("w", "w"), PermuteRope("w", "w", 2)]
+    check(thrice, stored, {"w": permuted(permuted(value, heads).T, 2)})
 
 
 def test_permuting_twice_by_heads_that_divide_each_other_is_followed() -> None:
@@ -287,7 +291,7 @@ class Chain:
         try:
             apply_rules([*self.rules, *rules], shapes_of(self.stored))
         except LoadError as error:
-            assert any(text in str(error) for text in ("cannot be cut after", "cannot follow", "permute them before"))  # noqa: PT017
+            assert any(text in str(error) for text in ("cannot be cut after", "cannot follow", "permute them before"))
             return
         self.rules.extend(rules)
         self.values = {name: value for name, value in self.values.items() if name not in taken} | made
@@ -370,13 +374,17 @@ REFUSED = {
     "as many sizes as targets": ([Split("a", ["b", "c"], (1, 1, 1))], {"a": (3,)}, "a", "cut into 2 parts of [1, 1, 1]"),
     "a negative size": ([Split("a", ["b", "c"], (4, -1))], {"a": (3,)}, "a", "parts of [4, -1]"),
     "cutting into nothing": ([Split("a", [])], {"a": (3,)}, "a", "cut into 0 equal parts"),
-    "rows that are no pairs": ([PermuteRope("a", "a", 2)], {"a": (6, 2)}, "a", "its shape is [6, 2]: the rows are not pairs of 2 heads"),
+    "rows that are no pairs": ([PermuteRope("a", "a", 2)], {"a": (6, 2)}, "a", "[6, 2]: the rows are not pairs of 2 heads"),
     "heads that are none": ([PermuteRope("a", "a", 0)], {"a": (6, 2)}, "a", "not pairs of 0 heads"),
     "a scalar has no rows": ([PermuteRope("a", "a", 1)], {"a": ()}, "a", "its shape is []"),
-    "permuting what was fused": ([Concat(["a", "b"], "c"), PermuteRope("c", "c", 1)], {"a": (2, 2), "b": (2, 2)}, "c", "permute them before"),
+    "permuting what was fused": (
+        [Concat(["a", "b"], "c"), PermuteRope("c", "c", 1)], {"a": (2, 2), "b": (2, 2)}, "c", "permute them before",
+    ),
     "cutting after permuting": ([PermuteRope("a", "a", 1), Split("a", ["b", "c"])], {"a": (4, 2)}, "a", "after it was permuted"),
     "cutting after transposing": ([Transpose("a", "a"), Split("a", ["b", "c"])], {"a": (4, 2)}, "a", "after it was permuted"),
-    "permuting by heads that do not divide": ([PermuteRope("a", "a", 2), PermuteRope("a", "a", 3)], {"a": (12,)}, "a", "cannot follow"),
+    "permuting by heads that do not divide": (
+        [PermuteRope("a", "a", 2), PermuteRope("a", "a", 3)], {"a": (12,)}, "a", "cannot follow",
+    ),
 }  # fmt: skip
 
 

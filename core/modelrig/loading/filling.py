@@ -14,6 +14,7 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
+from math import prod
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -25,12 +26,13 @@ from modelrig.components import DTYPE_BITS, Catalog, FormatReader, Part, TensorE
 from modelrig.errors import LoadError
 from modelrig.loading.pieces import PIECE_BYTES, Piece, is_whole, pieces
 from modelrig.loading.progress import Progress
-from modelrig.loading.transport import TensorFileReader, check_unchanged
+from modelrig.loading.transport import HUGE_FROM_BYTES, TensorFileReader, allocate_huge, check_unchanged
 
 if TYPE_CHECKING:
     from modelrig.components import TensorFile
 
 READERS = 4  # threads at most: two fill a local disk's queue, and casting wants a core each
+READERS_ON_NETWORK = 8  # these mostly wait
 _REPORT_SECONDS = 0.1
 _SERIAL = 32_767  # elements torch copies without starting threads of its own, of which there are enough
 
@@ -125,7 +127,7 @@ class Filler:
                         tensors[one.name] = one.buffer if one.buffer is not None else _allocate(one)
                     todo.append((entry, part, tensors[one.name]))
                 if todo and pool is None:
-                    pool = stack.enter_context(ThreadPoolExecutor(num_readers(), thread_name_prefix="modelrig-read"))
+                    pool = stack.enter_context(ThreadPoolExecutor(READERS_ON_NETWORK, thread_name_prefix="modelrig-read"))
                 if todo and pool is not None:
                     self._run(pool, self.file(number), list(self._pieces(todo)), counter)
                 if not self.keep_open and number in self._files:
@@ -190,7 +192,7 @@ class Filler:
 
         futures: set[Future[None]] = set()
         try:
-            for _ in range(min(num_readers(), len(todo))):
+            for _ in range(min(num_readers(file), len(todo))):
                 futures.add(pool.submit(work))
             while futures:
                 finished, futures = wait(futures, _REPORT_SECONDS, FIRST_EXCEPTION)
@@ -228,7 +230,10 @@ class Filler:
         return kept[:count] if count <= kept.numel() else torch.empty(count, dtype=torch.uint8, device="cpu")
 
 
-def num_readers() -> int:
+def num_readers(file: TensorFileReader) -> int:
+    """How many threads read from one file."""
+    if file.is_on_network:
+        return READERS_ON_NETWORK
     return max(1, min(READERS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))
 
 
@@ -258,6 +263,8 @@ def _takes_bytes(entry: TensorEntry, into: Tensor) -> bool:
 
 def _allocate(one: Wanted) -> Tensor:
     with torch.inference_mode(False):
+        if one.device.type == "cpu" and prod(one.shape) * one.dtype.itemsize >= HUGE_FROM_BYTES:
+            return allocate_huge(one.shape, one.dtype)
         return torch.empty(one.shape, dtype=one.dtype, device=one.device)
 
 

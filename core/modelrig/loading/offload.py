@@ -20,7 +20,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from attrs import define, field, frozen
 from torch import Tensor, nn
 
 from modelrig.errors import LoadError
-from modelrig.loading.filling import Filler, Wanted, num_readers
+from modelrig.loading.filling import READERS_ON_NETWORK, Filler, Wanted, num_readers
 from modelrig.loading.pieces import Piece, pieces
 from modelrig.loading.transport import drop_pages, fetch_pages
 
@@ -97,7 +97,7 @@ class Streamer:
         self._is_closed = False
         self._turn = threading.Condition()
         self._fetcher = ThreadPoolExecutor(1, thread_name_prefix="modelrig-offload")
-        self._readers = ThreadPoolExecutor(num_readers(), thread_name_prefix="modelrig-read")
+        self._readers = ThreadPoolExecutor(READERS_ON_NETWORK, thread_name_prefix="modelrig-read")
 
     # ------------------------------------------------------------------------------------------ set up
 
@@ -289,7 +289,9 @@ class Streamer:
                         return
                     self.filler.bring(self.filler.file(item[0]), item[1])
 
-            futures = [self._readers.submit(work) for _ in range(min(num_readers(), len(state.pieces)))]
+            count = num_readers(self.filler.file(state.pieces[0][0]))
+            futures = [self._readers.submit(work) for _ in range(min(count, len(state.pieces)))]
+            wait(futures)  # also after an error: whoever still wrote would spoil what comes into the slot next
             for future in futures:
                 future.result()
         for view in state.paged:

@@ -75,6 +75,8 @@ def _pieces(entry: TensorEntry, taken: Region, into: Tensor) -> Iterator[Piece]:
     """Those of a tensor stored in C's order, of which `taken` fills `into`. Dimensions of `into` are those of `taken` or finer."""
     while taken and taken[0][1] - taken[0][0] != 1 and into.shape[0] == 1:
         into = into[0]  # a dimension that the stored tensor has not
+    if taken and taken[0][1] - taken[0][0] == 1 and (into.dim() == 0 or into.shape[0] != 1):
+        into = into[None]  # one that `into` has not
     is_run = all(pair == (0, size) for pair, size in zip(taken[1:], entry.shape[1:], strict=True))
     if is_run and into.is_contiguous():
         first = taken[0][0] * prod(entry.shape[1:]) if taken else 0

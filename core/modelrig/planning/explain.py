@@ -66,10 +66,10 @@ def _places(plan: RigPlan) -> Iterator[str]:
     """Where the weights are, unless all are on the device that runs: runs of numbered blocks as `model.layers.0-3`."""
     if plan.device_map.keys() == {""} and plan.device_map[""] == plan.device:
         return
-    of_device: dict[str, list[str]] = {}
+    of_device: dict[str, list[str]] = {plan.device: []}
     for name, device in plan.device_map.items():
         of_device.setdefault(device, []).append(name)
-    yield from _aligned([(device, ", ".join(_ranges(names)), "") for device, names in of_device.items()])
+    yield from _aligned([(device, ", ".join(_ranges(names)), "") for device, names in of_device.items() if names])
 
 
 def _ranges(names: Sequence[str]) -> Iterator[str]:

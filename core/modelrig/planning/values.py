@@ -6,6 +6,7 @@ negotiation says whether a name means anything.
 
 from __future__ import annotations
 
+import json
 import re
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
@@ -237,11 +238,18 @@ def options_of_slots(slots: Sequence[str]) -> Callable[[Any], dict[str, dict[str
 
 
 def from_text(text: str) -> Any:
-    """The value of an environment variable or command-line option: TOML where it is (`64`, `true`, `["a", "b"]`), else the text."""
+    """The value of an environment variable or command-line option: TOML where it is (`64`, `true`, `["a", "b"]`,
+    `{"" = "cpu"}`), a JSON object, else the text."""
     if "\n" in text or "\r" in text:
         return text
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except (ValueError, RecursionError):
-        return text.strip()
-    return value if isinstance(value, str | int | float | bool | list | dict) else text.strip()
+    for read in (_from_toml, json.loads) if text.strip().startswith("{") else (_from_toml,):
+        try:
+            value = read(text)
+        except (ValueError, RecursionError):
+            continue
+        return value if isinstance(value, str | int | float | bool | list | dict) else text.strip()
+    return text.strip()
+
+
+def _from_toml(text: str) -> Any:
+    return tomllib.loads(f"value = {text}")["value"]

@@ -78,7 +78,7 @@ def told(value: Any) -> str:
 
 def _tensor(arguments: tuple[Any, ...]) -> StoredView | Unsupported:
     """(storage, offset, size, stride[, requires_grad, backward_hooks[, metadata]])"""
-    if not 4 <= len(arguments) <= 7 or type(arguments[0]) is not Storage:
+    if len(arguments) not in (4, 6, 7) or type(arguments[0]) is not Storage:
         raise Refusal("PK-REDUCE", "a tensor is made of a storage, an offset, a size and strides")
     if len(arguments) == 7 and arguments[6]:
         return Unsupported("conjugated or negated")

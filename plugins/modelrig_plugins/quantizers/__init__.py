@@ -16,6 +16,8 @@ def modelrig_quantizers() -> list[Quantizer]:
             implementation="modelrig_plugins.quantizers.none_module:DenseLinear",
             offers={"fullgraph"},
             rank=0,
-            capabilities=QuantizerCapabilities(devices={"cpu", "cuda"}, dtypes=FLOATING, reads={"none"}, lossless=True, streams=True),
+            capabilities=QuantizerCapabilities(
+                devices={"cpu", "cuda"}, dtypes=FLOATING, reads={"none"}, lossless=True, streams=True
+            ),
         )
     ]
