@@ -4,7 +4,8 @@
 
 Each measurement is a process of its own. `load` is the call that loads, imports done before; `touched` goes on until every weight
 was read once, so that what was only mapped is paid for; `peak` is the most memory the process held, of which what is more than the
-weights is the cost. Warm: the files are in the page cache; cold: they were dropped from it before. Ratios are against the best peer.
+weights is the cost. Warm: the files are in the page cache; cold: they were dropped from it before. Ratios are against the best
+peer.
 """
 
 from __future__ import annotations
@@ -133,7 +134,7 @@ MANY_ACCELERATE = (
     + """
 from accelerate import load_checkpoint_in_model
 def load():
-    load_checkpoint_in_model(module, path)
+    load_checkpoint_in_model(module, path, device_map={"": "cpu"})
     return module
 report(load)
 """
