@@ -3,8 +3,8 @@
     python -m benchmarks.saving [--repeats 3]
 
 Each measurement is a process of its own that writes into a fresh folder. Ours forces everything to the disk before it commits and
-hashes every file; `fsync` after transformers' save gives its figure with the first of these. `convert` reads a checkpoint and writes
-it with half the dtype or in smaller files; transformers loads it and saves it.
+hashes every file; `fsync` after transformers' save gives its figure with the first of these. `convert` reads a checkpoint and
+writes it in another dtype or in smaller files; transformers loads it and saves it.
 """
 
 from __future__ import annotations

@@ -169,13 +169,16 @@ def test_options_are_sorted_by_slot() -> None:
         ("0.5", 0.5),
         ('["a", "b"]', ["a", "b"]),
         ('{name = "int4"}', {"name": "int4"}),
+        ('{"" = "cpu", "a.b" = 0}', {"": "cpu", "a.b": 0}),
+        ('{"": "cpu", "a.b": 0}', {"": "cpu", "a.b": 0}),
+        ("{", "{"),
         ("cuda:0", "cuda:0"),
         (" sdpa ", "sdpa"),
         ("2024-01-01", "2024-01-01"),
         ("1\nother = 2", "1\nother = 2"),
     ],
 )
-def test_text_is_toml_where_it_is_and_itself_otherwise(text: str, value: object) -> None:
+def test_text_is_toml_or_a_json_object_where_it_is_and_itself_otherwise(text: str, value: object) -> None:
     assert value == values.from_text(text)
 
 
