@@ -18,7 +18,7 @@
     │   └── ResourceLimitError     it would not fit into memory (RL-*)                              3
     ├── PluginError                a plugin that was asked for failed (PL-*)                        4
     ├── LoadError                  tensors and model do not match, or loading was stopped (LD-*)    1
-    ├── SaveError                  a save did not happen, or not wholly; says which (SV-*)          1
+    ├── SaveError                  a save did not happen, or not wholly; says which (SV-*)          1, 2 for SV-ARGS
     │   └── SaveInProgress         another save of the same folder is running (SV-BUSY)             1
     └── CacheError                 a cache was used beyond what it holds (CA-*)                     1
 
@@ -258,10 +258,10 @@ class SaveError(ModelrigError):
         operation: what failed, such as "fsync" or "rename"; None where it was no operation on files.
     """
 
-    def __init__(
-        self, code: str, reason: str, *, committed: str = "no", operation: str | None = None, **where: Any
-    ) -> None:
+    def __init__(self, code: str, reason: str, *, committed: str = "no", operation: str | None = None, **where: Any) -> None:
         self.committed, self.operation = committed, operation
+        if code == "SV-ARGS":
+            self.exit_code = 2
         super().__init__(code, reason, **where)
 
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from modelrig.components import Decoder
 from modelrig.errors import CacheError, GenerateError, LoadError
 from modelrig.planning.pipeline import make_plan
+from modelrig.planning.placement_maps import require_one_gpu
 from modelrig.planning.plan import RigPlan
 
 if TYPE_CHECKING:
@@ -99,6 +100,7 @@ def _forget_frames(error: BaseException | None, handled: BaseException | None) -
 
 def _load(plan: Plan, progress: Callable[[int, int], None] | None) -> Model:
     """fetch → tokenizer → build on meta → read and place → model."""
+    require_one_gpu(plan.device_map)
     # torch reads this at its first allocation: large buffers in huge pages are touched several times faster
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     import torch
@@ -369,10 +371,10 @@ class Model:
         prompts, is_single = self._ids(prompt, messages, follows)
         copies = options.num_return_sequences
         rows = [prompt for prompt in prompts for _ in range(copies)]
-        longest = max(map(len, rows))
+        longest, longest_ever = max(map(len, rows)), self.plan.facts.context_length
         padding = [longest - len(row) for row in rows]
         if cache is None:
-            limit = self._limit(longest, 0, self.plan.context, options, unfed=1)
+            limit = options.limit(longest, 0, self.plan.context, longest_ever, unfed=1)
             borrowed = self._pool.borrow(longest + limit - 1, padding)
             try:
                 run = self._run(borrowed, rows, rows, options, limit)
@@ -385,7 +387,7 @@ class Model:
                 raise CacheError("CA-ARGS", f"the cache has {cache.batch} rows, there are {len(rows)} prompts", locus="batch")
             if any(padding) and follows:
                 raise GenerateError("GN-INPUT", "prompts that continue a cache must have the same length, or run alone")
-            limit = self._limit(longest, cache.length, cache.capacity, options, unfed=0)
+            limit = options.limit(longest, cache.length, cache.capacity, longest_ever, unfed=0)
             run = self._run(cache, rows, rows, options, limit)
             run.keeps_answer = True
             if any(padding):
@@ -407,27 +409,6 @@ class Model:
             assert self.tokenizer is not None
             return as_prompts(self.tokenizer.encode(text, add_special_tokens=False), None, self.plan.facts.vocab_size)
         return as_prompts(prompt, self.tokenizer, self.plan.facts.vocab_size, add_special_tokens=not follows)
-
-    def _limit(self, prompt: int, held: int, capacity: int, options: GenerateOptions, *, unfed: int) -> int:
-        """New tokens at most; an explicit number that does not fit is an error, the default is cut to what fits.
-
-        `unfed` new tokens need no room: the last one is chosen but not fed, except to a cache that keeps the answer.
-        """
-        from modelrig.generation.options import DEFAULT_NEW_TOKENS
-
-        room = capacity + unfed - held - prompt
-        wanted = options.max_new_tokens
-        least = max(1, options.min_new_tokens if wanted is None else wanted)
-        if room < least:
-            asked = "" if least == 1 and wanted is None else f" and {least} new tokens"
-            before = f" after {held} in the cache" if held else ""
-            raise GenerateError(
-                "GN-CONTEXT",
-                f"{prompt} prompt tokens{asked}{before} do not fit into a context of {capacity}",
-                locus=None if room < 1 else "min_new_tokens" if wanted is None else "max_new_tokens",
-                hint=f"plan a longer context, or make a larger cache (the config allows {self.plan.facts.context_length})",
-            )
-        return min(max(DEFAULT_NEW_TOKENS, least), room) if wanted is None else wanted
 
     def _run(
         self, cache: Cache, rows: Sequence[Sequence[int]], histories: Sequence[Sequence[int]], options: GenerateOptions, limit: int
@@ -465,5 +446,5 @@ class Model:
     def _start_turn(self, cache: Cache, ids: list[int], kept: int, options: GenerateOptions) -> Run:
         if options.num_return_sequences != 1:
             raise GenerateError("GN-ARGS", "a session has one answer a turn", locus="num_return_sequences")
-        limit = self._limit(len(ids) - kept, kept, cache.capacity, options, unfed=1)
+        limit = options.limit(len(ids) - kept, kept, cache.capacity, self.plan.facts.context_length, unfed=1)
         return self._run(cache, [ids[kept:]], [ids], options, limit)

@@ -209,6 +209,26 @@ class GenerateOptions:
             raise GenerateError("GN-UNKNOWN", told, locus=unknown[0], hint=f"options: {', '.join(known)}")
         return cls(**given)
 
+    def limit(self, prompt: int, held: int, capacity: int, longest: int, *, unfed: int) -> int:
+        """New tokens at most; an explicit number that does not fit is an error, the default is cut to what fits.
+
+        `unfed` new tokens need no room: the last one is chosen but not fed, except to a cache that keeps the answer. `longest` is
+        what the config allows, for the hint. Raises `GenerateError` (GN-CONTEXT).
+        """
+        room = capacity + unfed - held - prompt
+        wanted = self.max_new_tokens
+        least = max(1, self.min_new_tokens if wanted is None else wanted)
+        if room < least:
+            asked = "" if least == 1 and wanted is None else f" and {least} new tokens"
+            before = f" after {held} in the cache" if held else ""
+            raise GenerateError(
+                "GN-CONTEXT",
+                f"{prompt} prompt tokens{asked}{before} do not fit into a context of {capacity}",
+                locus=None if room < 1 else "min_new_tokens" if wanted is None else "max_new_tokens",
+                hint=f"plan a longer context, or make a larger cache (the config allows {longest})",
+            )
+        return min(max(DEFAULT_NEW_TOKENS, least), room) if wanted is None else wanted
+
     @property
     def is_greedy(self) -> bool:
         """No temperature, or a temperature of 0."""

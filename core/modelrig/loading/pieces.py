@@ -103,7 +103,7 @@ def _rows(entry: TensorEntry, taken: Region, is_run: bool, into: Tensor) -> Iter
     begin, end = taken[0]
     # `into` may have several dimensions where the stored tensor has one: so many rows belong together
     together = (end - begin) // into.shape[0]
-    if bits * row * together > PIECE_BYTES * 8 and bits * row % 8 == 0 and into.dim() > 1:
+    if bits * row * together > PIECE_BYTES * 8 and bits * row % 8 == 0 and len(taken) + into.dim() > 2:
         for place, part in enumerate(into):
             first = begin + place * together
             if together > 1:

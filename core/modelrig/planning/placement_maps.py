@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from modelrig.errors import PlanError, nearest, quoted
-from modelrig.planning.units import Weight, owners_of
+from modelrig.planning.units import Weight, is_gpu, owners_of
 
 LISTED = 20  # names that a message spells out
 MOST_COMPARED = 500  # names among which the nearest is looked for
@@ -31,6 +31,15 @@ def resolve(device_map: Mapping[str, str], names: Iterable[str]) -> dict[str, st
     if uncovered:
         raise PlanError("PN-MAP-COVER", _uncovered(uncovered), locus="device_map")
     return {name: device_map[key] for name, key in keys.items() if key is not None}
+
+
+def require_one_gpu(device_map: Mapping[str, str]) -> None:
+    """Raise `PlanError` (PN-DEVICE) for a map that computes on several GPUs: such a plan can be looked at, and not run yet."""
+    gpus = sorted({device for device in device_map.values() if is_gpu(device)})
+    if len(gpus) > 1:
+        reason = f"the map computes on {', '.join(gpus)}; a rig runs on one GPU, with the rest in main memory or on disk"
+        hint = "load_and_dispatch spreads any module over several"
+        raise PlanError("PN-DEVICE", reason, locus="device_map", hint=hint)
 
 
 def coarse(where: Mapping[str, str]) -> dict[str, str]:
