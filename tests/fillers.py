@@ -57,7 +57,7 @@ def filled(part: Part, stored: torch.Tensor, shape: Sequence[int], rest: Any = 0
     made = torch.full(tuple(shape), rest, dtype=stored.dtype)
     values = stored[_cells(part.taken)]
     values = values.reshape(values.shape if part.axes is None else part.axes)
-    values = values.permute(range(values.dim()) if part.order is None else part.order)
+    values = values.permute([*range(values.dim())] if part.order is None else part.order)
     into = made[_cells(part.into)]
     into.copy_(values.reshape(into.shape))
     return made
