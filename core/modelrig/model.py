@@ -10,14 +10,15 @@ torch is imported by `Plan.load`, not by this module.
 from __future__ import annotations
 
 import os
-import sys
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from modelrig.checkpoint.folder import again_if_exchanged
 from modelrig.components import Decoder
 from modelrig.errors import CacheError, GenerateError, LoadError
+from modelrig.loading.frames import forgets_frames
+from modelrig.planning.identify import check_reference, possible_folder
 from modelrig.planning.pipeline import make_plan
 from modelrig.planning.placement_maps import require_one_gpu
 from modelrig.planning.plan import RigPlan
@@ -40,6 +41,7 @@ Message = Mapping[str, Any]
 class Plan(RigPlan):
     """A decision about how to load and run a model. See `modelrig.planning.plan.RigPlan` for what it holds."""
 
+    @forgets_frames
     def load(self, progress: ProgressChoice = False) -> Model:
         """Read the weights and build the model.
 
@@ -53,13 +55,8 @@ class Plan(RigPlan):
         """
         from modelrig.loading.progress import progress_bar
 
-        handled = sys.exception()
-        try:
-            with progress_bar("loading", progress) as report:
-                return _load(self, report)
-        except BaseException as error:
-            _forget_frames(error, handled)
-            raise
+        with progress_bar("loading", progress) as report:
+            return _load(self, report)
 
 
 def plan(reference: str | Path, config: str | Path | Mapping[str, Any] | None = None, **request: Any) -> Plan:
@@ -84,18 +81,10 @@ def load(
     progress: ProgressChoice = False,
     **request: Any,
 ) -> Model:
-    """`plan(...)` and `Plan.load` in one."""
-    return plan(reference, config, **request).load(progress=progress)
-
-
-def _forget_frames(error: BaseException | None, handled: BaseException | None) -> None:
-    """An exception keeps the frames it passed, and these the weights. Notebooks keep the last one: it must not hold gigabytes.
-
-    `handled` is what the caller was handling already; its frames are none of ours.
-    """
-    while error is not None and error is not handled:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__
+    """`plan(...)` and `Plan.load` in one; again, where a save replaced the folder in between."""
+    return again_if_exchanged(
+        possible_folder(check_reference(reference)), lambda: plan(reference, config, **request).load(progress=progress)
+    )
 
 
 def _load(plan: Plan, progress: Callable[[int, int], None] | None) -> Model:

@@ -21,13 +21,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
+from modelrig.checkpoint.folder import again_if_exchanged, consistently
 from modelrig.checkpoint.mapping import Rule, Target, apply_rules, check_cover
 from modelrig.components import Catalog, FormatReader
 from modelrig.errors import LoadError, RequestError, quoted
 from modelrig.loading.filling import Filler, Wanted, stored_dtype
 from modelrig.loading.frames import forgets_frames
 from modelrig.loading.progress import ProgressChoice, progress_bar
-from modelrig.planning.identify import catalog, check_reference, resolve
+from modelrig.planning.identify import catalog, check_reference, possible_folder, resolve
 from modelrig.registry import current
 
 LISTED = 20  # names of each sort that a message spells out
@@ -94,9 +95,22 @@ def load_checkpoint(
         LoadError: LD-TENSORS with the names, LD-MAPPING, LD-DTYPE, LD-META (strict, something would stay without data).
         CheckpointError: the files are not what they should be; the module is then as it was.
     """
-    opened = open_checkpoint(folder, prefer_safe, variant)
+    return again_if_exchanged(
+        possible_folder(check_reference(folder)),
+        lambda: _load(module, open_checkpoint(folder, prefer_safe, variant), strict, mapping, floating(dtype), progress),
+    )
+
+
+def _load(
+    module: nn.Module,
+    opened: Opened,
+    strict: bool,
+    mapping: Sequence[Rule],
+    dtype: torch.dtype | None,
+    progress: ProgressChoice,
+) -> IncompatibleKeys:
     matched = match_module(module, opened, mapping, strict)
-    wanted = list(wanted_tensors(matched, floating(dtype)))
+    wanted = list(wanted_tensors(matched, dtype))
     with Filler(opened.catalog, opened.reader) as filler:
         with progress_bar("loading", progress) as report:
             tensors = filler.fill(wanted, report)
@@ -117,7 +131,7 @@ def open_checkpoint(folder: str | os.PathLike[str], prefer_safe: bool = True, va
     _, snapshot = resolve(check_reference(folder), registry, variant)
     if not snapshot.complete:
         raise RequestError("RQ-VALUE", f"{quoted(os.fspath(folder))} is not on this machine; fetch it first", locus="folder")
-    identified, found = catalog(snapshot, registry, prefer_yielding=not prefer_safe)
+    identified, found = consistently(snapshot.root, lambda: catalog(snapshot, registry, prefer_yielding=not prefer_safe))
     return Opened(snapshot.root, found, identified.registered.implementation())
 
 

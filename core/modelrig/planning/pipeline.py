@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from attrs import evolve
 
+from modelrig.checkpoint.folder import consistently
 from modelrig.checkpoint.matching import match, require_weights
 from modelrig.components import FLOATING, ModelFacts, Snapshot
 from modelrig.errors import PlanError
@@ -71,7 +72,7 @@ def make_plan(
     source, snapshot = resolve(text, registry, early.variant)
     wanted = read_request(request, config, checkpoint=snapshot.root)
     snapshot = evolve(snapshot, variant=wanted.variant)
-    checkpoint = examine(source, snapshot, registry)
+    checkpoint = consistently(snapshot.root, lambda: examine(source, snapshot, registry))
     decision = settle(Desk(checkpoint=checkpoint, request=wanted, environment=environment, registry=registry))
     if checkpoint.scheme != PLAIN:  # first whether anything reads them, then whether they are all there
         match(checkpoint.facts, checkpoint.catalog, snapshot.root)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from modelrig.checkpoint.folder import consistently
 from modelrig.checkpoint.saving.protocol import SaveReport, save_checkpoint
 from modelrig.components import DTYPE_BITS, Catalog, FormatReader, StoredTensor, TensorEntry
 from modelrig.errors import ConfigError, RequestError, quoted
@@ -49,7 +50,7 @@ def convert(
     writer = writing_format(format, registry)
     into = floating(dtype)
     identified, snapshot = resolve(check_reference(source), registry, from_variant)
-    planner, found = catalog(snapshot, registry)
+    planner, found = consistently(snapshot.root, lambda: catalog(snapshot, registry))
     config: dict[str, Any] = {}
     if (snapshot.root / CONFIG).exists():
         config = read_config(snapshot)
