@@ -510,6 +510,21 @@ def test_a_folder_the_system_does_not_exchange_is_saved_in_place(folder: Path) -
     assert (folder / "mine").exists()
 
 
+@pytest.mark.parametrize("moment", ["create model-00002", "create modelrig.json", "open .model.stage-"])
+def test_nothing_is_exchanged_under_the_hands_of_a_process_that_writes(folder: Path, moment: str) -> None:
+    save(folder, 1)
+    (folder / "log.txt").write_text("old")
+    before = folder.stat().st_ino
+    vfs = Meanwhile(moment, lambda: (folder / "log.txt").write_text("older"))
+    report = save(folder, 2, vfs=vfs)
+    assert (True, 2, [], "older") == (vfs.is_done, state(folder), leftovers(folder), (folder / "log.txt").read_text())
+    if moment.startswith("create"):
+        assert "in place" == report.durability
+        assert "another process writes into it" in report.notes[-1]
+        assert before == folder.stat().st_ino
+        assert 3 == len([one for one in vfs.operations if one.startswith("create model-")]), "written twice"
+
+
 # ------------------------------------------------------------------------------------------------ at the same time
 
 

@@ -2,6 +2,9 @@
 
 Stage → files → manifest → foreign files linked → fsync → exchange → fsync of the parent → what others wrote into the old folder
 meanwhile is carried over → the old folder is removed. Whoever holds the old folder open keeps it until the last step.
+
+A process that was seen writing files of its own into the folder while we wrote ours is not to find it exchanged between two of its
+steps (a temporary file made in the one folder, renamed in the other): then the files are exchanged in place.
 """
 
 from __future__ import annotations
