@@ -114,6 +114,7 @@ DECIDES = {
     "context": "the longest sequence planned for",
     "batch": "sequences planned for",
     "max_memory": "bytes the plan may take",
+    "variant": "which set of tensor files is read",
     "prefer": "components that come first where `auto` chooses",
     "disable": "plugins (`plugin`) and components (`plugin:name`) that are switched off before they are imported",
     "set": "options of the chosen components",

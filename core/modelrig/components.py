@@ -371,6 +371,7 @@ class StoredTensor:
 
     @property
     def nbytes(self) -> int:
+        """Its bytes, packed."""
         return dtype_bytes(self.dtype, prod(self.shape))
 
 
