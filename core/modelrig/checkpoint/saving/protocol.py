@@ -272,8 +272,7 @@ def _check_names(job: Job) -> None:
             problem = f"is to be copied from {quoted(str(data))}, which is no file"
         if problem is not None:
             raise SaveError("SV-ARGS", f"{quoted(name)} {problem}", locus="files")
-    for shard in job.layout().shards:
-        job.format.size(shard.tensors, job.metadata)  # raises for what the format cannot hold
+    job.sizes()  # raises for what the format cannot hold
 
 
 def _refuse_unreadable(tensors: Sequence[StoredTensor], problem: Callable[[StoredTensor], str | None] | None) -> None:

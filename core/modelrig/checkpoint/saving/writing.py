@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from attrs import frozen
+from attrs import field, frozen
 from typing_extensions import Buffer
 
 from modelrig.checkpoint.layout import FileNames
@@ -25,6 +25,7 @@ Read = Callable[[StoredTensor], Iterable[Buffer]]
 
 _READ_SIZE = 4 << 20
 _WORTH_A_THREAD = 1 << 20  # bytes: hashing beside writing pays from here on
+_SMALL = 1 << 16  # bytes: smaller parts are written together
 
 
 @frozen(kw_only=True)
@@ -44,6 +45,8 @@ class Job:
     progress: Callable[[int, int], None] | None
     durable: bool
     tool: str
+    _layouts: list[Layout] = field(factory=list)
+    _sizes: list[int] = field(factory=list)
 
     @property
     def with_aliases(self) -> bool:
@@ -54,7 +57,20 @@ class Job:
         return {alias: tensor.name for tensor in self.tensors for alias in tensor.aliases}
 
     def layout(self, mark: str | None = None) -> Layout:
+        if mark is not None:
+            return self._lay_out(mark)
+        if not self._layouts:
+            self._layouts.append(self._lay_out(None))
+        return self._layouts[0]
+
+    def _lay_out(self, mark: str | None) -> Layout:
         return lay_out(self.tensors, self.limit, self.names, variant=self.variant, mark=mark, with_aliases=self.with_aliases)
+
+    def sizes(self) -> list[int]:
+        """Bytes of each tensor file. Raises what the format raises for tensors it cannot hold."""
+        if not self._sizes:
+            self._sizes.extend(self.format.size(shard.tensors, self.metadata) for shard in self.layout().shards)
+        return self._sizes
 
     def names_written(self) -> frozenset[str]:
         """Of all files, the manifest among them."""
@@ -67,8 +83,7 @@ class Job:
 
     def bytes_needed(self) -> int:
         """What a save adds to the disk until the old files are removed."""
-        layout = self.layout()
-        total = sum(self.format.size(shard.tensors, self.metadata) for shard in layout.shards)
+        layout, total = self.layout(), sum(self.sizes())
         total += sum(len(data) if isinstance(data, bytes) else data.stat().st_size for data in self.files.values())
         return total + (len(layout.index[1]) if layout.index else 0)
 
@@ -105,8 +120,7 @@ def write_files(vfs: Vfs, job: Job, folder: Path, replaced: Path | None, mark: s
                 job.progress(done, total)
 
     with ThreadPoolExecutor(1, "modelrig-sha256") as pool:
-        for shard in layout.shards:
-            size = job.format.size(shard.tensors, job.metadata)
+        for shard, size in zip(layout.shards, job.sizes(), strict=True):
             with _Output(vfs, folder / shard.name, _mode(vfs, replaced, shard.name), job.durable, pool, size) as output:
                 job.format.write(shard.tensors, job.metadata, read, output.write)
             files.append(output.saved)
@@ -165,7 +179,7 @@ class _Output:
         size: int | None = None,
     ) -> None:
         self._vfs, self._path, self._mode, self._durable, self._pool, self._size = vfs, path, mode, durable, pool, size
-        self._digest, self._count = hashlib.sha256(), 0
+        self._digest, self._count, self._small = hashlib.sha256(), 0, bytearray()
 
     def __enter__(self) -> _Output:
         self._descriptor = self._vfs.create(self._path)
@@ -183,6 +197,21 @@ class _Output:
         if view.nbytes == 0:  # one with a zero in its shape cannot even be cast
             return
         view = view.cast("B")
+        self._count += view.nbytes
+        if view.nbytes < _SMALL:
+            self._small += view
+            if len(self._small) >= _WORTH_A_THREAD:
+                self._flush()
+            return
+        self._flush()
+        self._append(view)
+
+    def _flush(self) -> None:
+        if self._small:
+            small, self._small = self._small, bytearray()
+            self._append(memoryview(small))
+
+    def _append(self, view: memoryview) -> None:
         if self._pool is None or view.nbytes < _WORTH_A_THREAD:
             self._digest.update(view)
             self._vfs.write(self._descriptor, view, self._path)
@@ -192,13 +221,13 @@ class _Output:
                 self._vfs.write(self._descriptor, view, self._path)
             finally:
                 hashed.result()  # the bytes are only lent until we return
-        self._count += view.nbytes
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
             self._abandon()
             return
         try:
+            self._flush()
             if self._size is not None and self._count != self._size:
                 reason = f"the format said {self._size:,} bytes and wrote {self._count:,}"
                 raise SaveError("SV-READ", reason, path=self._path)
