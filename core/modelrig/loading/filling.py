@@ -9,12 +9,12 @@ sizes, so the peak is the final tensors and a few megabytes.
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack
-from math import prod
+from contextlib import ExitStack, nullcontext
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 READERS = 4  # threads at most: two fill a local disk's queue, and casting wants a core each
 READERS_ON_NETWORK = 8  # these mostly wait
+SMALL_BYTES = 32 << 10  # pieces below are read together
 _REPORT_SECONDS = 0.1
 _SERIAL = 32_767  # elements torch copies without starting threads of its own, of which there are enough
 
@@ -112,6 +113,7 @@ class Filler:
         counter = _Counter(sum(_taken_bytes(entry, part) for entry, part, _ in jobs), progress)
         mapped = 0
         with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))  # tensors outlive the mode of whoever asks for them
             pool: ThreadPoolExecutor | None = None
             for number, group in _by_file(jobs):
                 todo: list[tuple[TensorEntry, Part, Tensor]] = []
@@ -132,9 +134,9 @@ class Filler:
                     self._run(pool, self.file(number), list(self._pieces(todo)), counter)
                 if not self.keep_open and number in self._files:
                     self._files.pop(number).close()
-        for one in wanted:  # made of nothing, such as a stack of no tensors
-            if one.name not in tensors:
-                tensors[one.name] = one.buffer if one.buffer is not None else _allocate(one)
+            for one in wanted:  # made of nothing, such as a stack of no tensors
+                if one.name not in tensors:
+                    tensors[one.name] = one.buffer if one.buffer is not None else _allocate(one)
         self.tally = Tally(self.tally.mapped_bytes + mapped, self.tally.copied_bytes + counter.done - mapped)
         return tensors
 
@@ -143,7 +145,8 @@ class Filler:
         if len(one.sources) != 1:
             return None
         entry = self.catalog.entries[one.sources[0].name]
-        return self._view(entry.file, entry, one.sources[0], one)
+        with torch.inference_mode(False):
+            return self._view(entry.file, entry, one.sources[0], one)
 
     def _view(self, number: int, entry: TensorEntry, part: Part, one: Wanted) -> Tensor | None:
         """The stored bytes as they lie in the file, where they are all that is wanted."""
@@ -161,8 +164,7 @@ class Filler:
         data = self.file(number).view(entry) if serves else None
         if data is None:
             return None
-        with torch.inference_mode(False):
-            tensor = self.reader.decode(data, entry)
+        tensor = self.reader.decode(data, entry)
         return tensor if entry.nbytes == 0 or tensor.untyped_storage().data_ptr() == data.untyped_storage().data_ptr() else None
 
     # ------------------------------------------------------------------------------------------ pieces
@@ -173,22 +175,23 @@ class Filler:
 
     def _run(self, pool: ThreadPoolExecutor, file: TensorFileReader, todo: list[Piece], counter: _Counter) -> None:
         """Bring all pieces of one file to their places, several at a time."""
-        if len(todo) < 64 and sum(piece.entry.nbytes for piece in todo) < PIECE_BYTES:  # not worth waking anybody
-            for piece in todo:
-                self.bring(file, piece)
-                counter.add(piece.entry.nbytes)
-                counter.report()
+        total = sum(piece.entry.nbytes for piece in todo)
+        # Not worth waking anybody, or so small that threads would take turns in Python rather than read.
+        if (len(todo) < 64 and total < PIECE_BYTES) or (total < len(todo) * SMALL_BYTES and not file.is_on_network):
+            for batch in _batches(todo):
+                for piece in self._bring(file, batch):
+                    counter.add(piece.entry.nbytes)
+                    counter.report()
             return
-        waiting, lock = iter(todo), threading.Lock()
+        waiting, lock = _batches(todo), threading.Lock()
 
         def work() -> None:
             while not self._stop.is_set():
                 with lock:
-                    piece = next(waiting, None)
-                if piece is None:
+                    batch = next(waiting, None)
+                if batch is None:
                     return
-                self.bring(file, piece)
-                counter.add(piece.entry.nbytes)
+                counter.add(sum(piece.entry.nbytes for piece in self._bring(file, batch)))
 
         futures: set[Future[None]] = set()
         try:
@@ -207,18 +210,23 @@ class Filler:
 
     def bring(self, file: TensorFileReader, piece: Piece) -> None:
         """Read one piece, and cast it into its place."""
-        entry, into = piece.entry, piece.into
-        with torch.inference_mode(into.is_inference()), torch.no_grad():
-            if piece.cut is None and entry.strides is None and _takes_bytes(entry, into):
-                file.read(entry.offset, into.view(-1).view(torch.uint8))
-                return
-            data = file.read(entry.offset, self._staging(entry.nbytes, into.device))
-            values = piece.shaped(self.reader.decode(data, entry))
-            if into.device.type == "cpu" and into.dim() == 1:
-                for target, source in zip(torch.split(into, _SERIAL), torch.split(values, _SERIAL), strict=True):
-                    target.copy_(source)
-            else:
-                into.copy_(values)
+        for _ in self._bring(file, [piece]):
+            pass
+
+    def _bring(self, file: TensorFileReader, batch: list[Piece]) -> Iterator[Piece]:
+        """Read the pieces with one call, and cast them into their places; each is passed on when it is there."""
+        first, last = batch[0].entry, batch[-1].entry
+        if len(batch) == 1 and batch[0].cut is None and first.strides is None and _takes_bytes(first, batch[0].into):
+            file.read(first.offset, batch[0].into.view(-1).view(torch.uint8))
+            yield batch[0]
+            return
+        data = file.read(first.offset, self._staging(last.offset + last.nbytes - first.offset, batch[0].into.device))
+        for piece in batch:
+            start = piece.entry.offset - first.offset
+            values = piece.shaped(self.reader.decode(data[start : start + piece.entry.nbytes], piece.entry))
+            with torch.inference_mode() if piece.into.is_inference() else nullcontext():
+                _copy(values, piece.into)
+            yield piece
 
     def _staging(self, count: int, device: torch.device) -> Tensor:
         """Memory of this thread to read into; pinned for a GPU. One for what is larger than a piece is not kept."""
@@ -228,6 +236,32 @@ class Filler:
             kept = torch.empty(PIECE_BYTES, dtype=torch.uint8, device="cpu", pin_memory=key == "pinned")
             setattr(self._stagings, key, kept)
         return kept[:count] if count <= kept.numel() else torch.empty(count, dtype=torch.uint8, device="cpu")
+
+
+def _batches(todo: Iterable[Piece]) -> Iterator[list[Piece]]:
+    """The pieces in their order; small ones that lie one after the other in the file together."""
+    batch: list[Piece] = []
+    start, end = 0, math.inf
+    for piece in todo:
+        entry = piece.entry
+        joins = entry.nbytes < SMALL_BYTES and 0 <= entry.offset - end <= SMALL_BYTES
+        if not (batch and joins and entry.offset + entry.nbytes - start <= PIECE_BYTES):
+            if batch:
+                yield batch
+            batch, start = [], entry.offset
+        batch.append(piece)
+        # nothing joins what is not small itself
+        end = entry.offset + entry.nbytes if entry.nbytes < SMALL_BYTES else math.inf
+    if batch:
+        yield batch
+
+
+def _copy(values: Tensor, into: Tensor) -> None:
+    if into.device.type == "cpu" and into.dim() == 1 and into.shape[0] > _SERIAL:
+        for target, source in zip(torch.split(into, _SERIAL), torch.split(values, _SERIAL), strict=True):
+            target.copy_(source)
+    else:
+        into.copy_(values)
 
 
 def num_readers(file: TensorFileReader) -> int:
@@ -262,10 +296,9 @@ def _takes_bytes(entry: TensorEntry, into: Tensor) -> bool:
 
 
 def _allocate(one: Wanted) -> Tensor:
-    with torch.inference_mode(False):
-        if one.device.type == "cpu" and prod(one.shape) * one.dtype.itemsize >= HUGE_FROM_BYTES:
-            return allocate_huge(one.shape, one.dtype)
-        return torch.empty(one.shape, dtype=one.dtype, device=one.device)
+    if one.device.type == "cpu" and math.prod(one.shape) * one.dtype.itemsize >= HUGE_FROM_BYTES:
+        return allocate_huge(one.shape, one.dtype)
+    return torch.empty(one.shape, dtype=one.dtype, device=one.device)
 
 
 def _taken_bytes(entry: TensorEntry, part: Part) -> int:

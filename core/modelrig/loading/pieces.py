@@ -36,7 +36,7 @@ class Piece:
         if self.cut is not None:
             assert self.rows is not None
             return decoded.view(self.rows)[self.cut].reshape(self.into.shape)
-        return decoded.reshape(self.into.shape)
+        return decoded if decoded.shape == self.into.shape else decoded.reshape(self.into.shape)
 
 
 def is_whole(part: Part) -> bool:
@@ -56,6 +56,9 @@ def destination(tensor: Tensor, part: Part) -> Tensor:
 
 def pieces(entry: TensorEntry, part: Part, tensor: Tensor) -> Iterator[Piece]:
     """The pieces of stored tensor `entry` that fill `part` of `tensor`."""
+    if 0 < entry.nbytes <= PIECE_BYTES and entry.strides is None and is_whole(part):  # most are small and as they are
+        yield Piece(entry, tensor)
+        return
     into = destination(tensor, part)
     if into.numel() == 0:
         return
