@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from modelrig.checkpoint.mapping import Rule
 from modelrig.errors import RequestError, nearest, quoted
-from modelrig.loading.filling import Filler, Wanted
+from modelrig.loading.filling import Filler, Wanted, has_room_to_cache
 from modelrig.loading.frames import forgets_frames
 from modelrig.loading.into_module import (
     CPU,
@@ -88,9 +88,11 @@ def load_and_dispatch(
     # a tensor with memory that goes to the disk is not filled in place: its memory is what the disk is to save
     wanted = {name: evolve(one, buffer=None) if name in streamed else one for name, one in wanted.items()}
     on_disk = {name for name in wanted if placed.where[name] == DISK}
+    pages = not on_disk or has_room_to_cache(wanted.values())
     with ExitStack() as stack:
         filler = stack.enter_context(Filler(opened.catalog, opened.reader))
-        now = [evolve(one, device=CPU) if name in streamed else one for name, one in wanted.items() if name not in on_disk]
+        resident = [(name, evolve(one, may_view=pages)) for name, one in wanted.items() if name not in on_disk]
+        now = [evolve(one, device=CPU) if name in streamed else one for name, one in resident]
         with progress_bar("loading", progress) as report:
             tensors = filler.fill(now, report)
         states = extra_states(matched, opened, filler)
@@ -102,7 +104,7 @@ def load_and_dispatch(
             wanted.update(entries)
             held = {name: tensors.pop(name) for name in streamed & wanted.keys() - on_disk}
             units = streaming_units(module, matched, {name: wanted[name] for name in streamed & wanted.keys()}, blocks, held)
-            streamer = Streamer(units, paging, main)
+            streamer = Streamer(units, paging, main, pages=pages)
             stack.callback(streamer.close)
             tensors.update(streamer.tensors)
         assign(module, matched, tensors, states)

@@ -27,6 +27,7 @@ from modelrig.errors import LoadError
 from modelrig.loading.pieces import PIECE_BYTES, Piece, is_whole, pieces
 from modelrig.loading.progress import Progress
 from modelrig.loading.transport import HUGE_FROM_BYTES, TensorFileReader, allocate_huge, check_unchanged
+from modelrig.planning.environment import read_environment
 
 if TYPE_CHECKING:
     from modelrig.components import TensorFile
@@ -262,6 +263,12 @@ def _copy(values: Tensor, into: Tensor) -> None:
             target.copy_(source)
     else:
         into.copy_(values)
+
+
+def has_room_to_cache(wanted: Iterable[Wanted]) -> bool:
+    """Whether main memory can hold all of these, and so keep the files of those that are streamed in the page cache."""
+    available = read_environment().available_bytes("cpu")
+    return available is None or sum(math.prod(one.shape) * one.dtype.itemsize for one in wanted) <= available
 
 
 def num_readers(file: TensorFileReader) -> int:

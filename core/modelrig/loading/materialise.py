@@ -17,7 +17,7 @@ from torch import nn
 
 from modelrig.components import Catalog, FormatReader, LinearMaker, ModelFacts, Parameter
 from modelrig.errors import LoadError, PluginError
-from modelrig.loading.filling import Filler, Wanted
+from modelrig.loading.filling import Filler, Wanted, has_room_to_cache
 from modelrig.loading.offload import Streamer, Unit
 from modelrig.loading.progress import Progress
 
@@ -72,10 +72,12 @@ def materialise(
         _require_shape(module, one, facts.architecture)
     on_disk = {name for name in wanted if places.get(name) == DISK}
     elsewhere = {name for name in wanted if name not in on_disk and _is_held(places.get(name), device)}
+    pages = not on_disk or has_room_to_cache(wanted.values())
     with ExitStack() as stack:
         filler = stack.enter_context(Filler(catalog, reader))
         now = [
-            evolve(one, device=torch.device("cpu")) if name in elsewhere else one
+            # pages of a mapped file would make room for what streams past them
+            evolve(one, device=torch.device("cpu") if name in elsewhere else device, may_view=pages)
             for name, one in wanted.items()
             if name not in on_disk
         ]
@@ -84,7 +86,8 @@ def materialise(
         streamer = None
         if on_disk or elsewhere:
             paging = stack.enter_context(Filler(catalog, reader, keep_open=True))
-            streamer = Streamer(_units(module, facts, wanted, on_disk, {name: tensors[name] for name in elsewhere}), paging, device)
+            units = _units(module, facts, wanted, on_disk, {name: tensors[name] for name in elsewhere})
+            streamer = Streamer(units, paging, device, pages=pages)
             stack.callback(streamer.close)
             tensors.update(streamer.tensors)
         for name, tensor in tensors.items():

@@ -2,8 +2,9 @@
 
 A unit is a block, or a module with parameters of its own. What can be viewed in its mapped file is: its pages are asked for ahead
 (`MADV_POPULATE_READ`) and dropped afterwards, so that nothing is copied and a file that the page cache holds is used at the speed
-of memory (benchmarks/LOG.md). Everything else, cast weights, files on a network, GPUs, goes through slots: fixed buffers that units
-take turns in. A parameter is the same tensor throughout, so kernels may close over it.
+of memory (benchmarks/LOG.md). Where memory has no room to cache the files, they are read around the page cache into slots instead:
+fixed buffers that units take turns in. Everything else, cast weights, files on a network, GPUs, goes through slots too. A parameter
+is the same tensor throughout, so kernels may close over it.
 
 The order of units is learned: after each, what came next the last time is fetched.
 
@@ -17,6 +18,7 @@ What holds, with the lock `_turn` held:
 
 from __future__ import annotations
 
+import mmap
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -27,13 +29,17 @@ import torch
 from attrs import define, field, frozen
 from torch import Tensor, nn
 
+from modelrig.components import TensorEntry
 from modelrig.errors import LoadError
 from modelrig.loading.filling import READERS_ON_NETWORK, Filler, Wanted, num_readers
 from modelrig.loading.pieces import Piece, pieces
-from modelrig.loading.transport import drop_pages, fetch_pages
+from modelrig.loading.transport import allocate_huge, drop_pages, fetch_pages
 
 SLOTS = 2  # one computes, one is filled
 ALIGNMENT = 64  # bytes, of each tensor in a slot
+DIRECT_BYTES = 16 << 20  # read around the page cache at a time: smaller ones leave the disk idle in between
+DIRECT_READERS = 2
+GAP = 1 << 20  # bytes between tensors of a unit that are read rather than skipped
 
 
 @frozen(eq=False)
@@ -55,6 +61,15 @@ class Unit:
     held: Mapping[str, Tensor] = field(factory=dict)
 
 
+@frozen(eq=False)
+class Run:
+    """Whole pages of file number `file` from `offset` on, and where they go."""
+
+    file: int
+    offset: int
+    into: Tensor
+
+
 @define(eq=False)
 class _State:
     """What happens to one unit."""
@@ -64,6 +79,7 @@ class _State:
     paged: tuple[Tensor, ...] = ()  # views of mapped files to fetch ahead
     dropped: tuple[Tensor, ...] = ()  # views of mapped files whose pages go after use
     pieces: tuple[tuple[int, Piece], ...] = ()  # file number and what to read into the slot
+    runs: tuple[Run, ...] = ()  # what goes there byte by byte, around the page cache
     copies: tuple[tuple[Tensor, Tensor], ...] = ()  # (in the slot, in main memory)
     hidden: tuple[tuple[dict[str, Any], str, Tensor, Tensor], ...] = ()  # (where it is held, name, itself, a stand-in)
     ready: Future[None] | None = None
@@ -72,7 +88,7 @@ class _State:
 
     @property
     def is_slotted(self) -> bool:
-        return bool(self.pieces or self.copies)
+        return bool(self.pieces or self.copies or self.runs)
 
 
 class Streamer:
@@ -83,8 +99,9 @@ class Streamer:
         LoadError: LD-STREAM for a unit whose turn can never come.
     """
 
-    def __init__(self, units: Sequence[Unit], filler: Filler, device: torch.device) -> None:
-        self.filler, self.device = filler, device
+    def __init__(self, units: Sequence[Unit], filler: Filler, device: torch.device, *, pages: bool = True) -> None:
+        """`pages` says whether views of mapped files are used where they serve; else they are read around the page cache."""
+        self.filler, self.device, self.pages = filler, device, pages
         self.tensors: dict[str, Tensor] = {}
         self.slot_bytes = 0
         self._states = [_State(unit, slot) for unit, slot in zip(units, _turns(units), strict=True)]
@@ -104,12 +121,16 @@ class Streamer:
     def _place(self) -> None:
         """Views where they serve; the rest gets a place in its unit's slot."""
         places: list[tuple[_State, Wanted, int]] = []
+        runs: list[tuple[_State, list[_Laid]]] = []
         sizes = [0] * (1 + max((state.slot for state in self._states), default=0))
         for state in self._states:
             offset = 0
-            paged, dropped = [], []
+            paged, dropped, direct = [], [], []
             for one in state.unit.wanted:
                 view = None if one.name in state.unit.held else self.filler.view(one)
+                if view is not None and view.numel() and not self.pages and one.name not in state.unit.gathered:
+                    direct.append(one)
+                    continue
                 if view is not None:
                     self.tensors[one.name] = view
                     dropped.append(view)
@@ -122,10 +143,23 @@ class Streamer:
                     count *= size
                 offset += -(-count // ALIGNMENT) * ALIGNMENT
             state.paged, state.dropped = tuple(paged), tuple(dropped)
+            laid, offset = _lay_out_runs([(one, self.filler.catalog.entries[one.sources[0].name]) for one in direct], offset)
+            runs.append((state, laid))
             sizes[state.slot] = max(sizes[state.slot], offset)
         self.slot_bytes = sum(sizes)
         with torch.inference_mode(False):
-            self._slots = slots = [torch.empty(size, dtype=torch.uint8, device=self.device) for size in sizes]
+            self._slots = slots = [self._slot_of(size) for size in sizes]
+        for state, laid in runs:
+            for one, entry, run, start, length in laid:
+                slot = slots[state.slot]
+                if run is not None:
+                    steps = range(0, length, DIRECT_BYTES)
+                    state.runs += tuple(
+                        Run(entry.file, run + step, slot[start + step : start + min(step + DIRECT_BYTES, length)]) for step in steps
+                    )
+                    continue
+                data = slot[start : start + entry.nbytes]
+                self.tensors[one.name] = self.filler.reader.decode(data, entry)
         for state, one, offset in places:
             numel = 1
             for size in one.shape:
@@ -141,6 +175,12 @@ class Streamer:
         for state in self._states:
             state.pieces = tuple(sorted(state.pieces, key=lambda item: (item[0], item[1].entry.offset)))
 
+    def _slot_of(self, size: int) -> Tensor:
+        """Memory that begins at a page, in huge pages where there are any."""
+        if self.device.type != "cpu" or not size:
+            return torch.empty(size, dtype=torch.uint8, device=self.device)
+        return allocate_huge((size,), torch.uint8)
+
     @property
     def slotted(self) -> list[str]:
         """Names of the tensors whose values are only there while their modules are called."""
@@ -152,11 +192,15 @@ class Streamer:
         `holders` says where tensors in slots are held by name; between calls they are then replaced by empty ones, so that whoever
         uses them otherwise gets an error and not another unit's weights.
         """
+        empty: dict[int, Tensor] = {}  # one for what several modules share
         for state in self._states:
             held = [place for one in state.unit.wanted for place in (holders or {}).get(one.name, ())]
-            state.hidden = tuple((place, leaf, place[leaf], _stand_in(place[leaf])) for place, leaf in held)
-            for place, leaf, _, empty in state.hidden:
-                place[leaf] = empty
+            for place, leaf in held:
+                if id(place[leaf]) not in empty:
+                    empty[id(place[leaf])] = _stand_in(place[leaf])
+            state.hidden = tuple((place, leaf, place[leaf], empty[id(place[leaf])]) for place, leaf in held)
+            for place, leaf, _, stand_in in state.hidden:
+                place[leaf] = stand_in
             for module in state.unit.sites:
                 # Not with hooks: those after a forward are not called when it is interrupted.
                 module.__dict__["_call_impl"] = _Call(self, len(self._sites), module, module._call_impl)
@@ -191,6 +235,8 @@ class Streamer:
             if self._last is not None:
                 self._next[self._last] = site
             self._last = site
+            if state.ready is not None and state.ready.done() and state.ready.exception() is not None:
+                self._forget(state)  # it failed when nobody needed it yet
             ready = self._ask(state)
         try:
             ready.result()
@@ -277,8 +323,9 @@ class Streamer:
                 target.copy_(source, non_blocking=True)
             if state.copies and self.device.type == "cuda":
                 torch.cuda.current_stream(self.device).synchronize()
-        if state.pieces:
-            waiting = iter(state.pieces)
+        if state.pieces or state.runs:
+            todo: list[Run | tuple[int, Piece]] = [*state.runs, *state.pieces]
+            waiting = iter(todo)
             lock = threading.Lock()
 
             def work() -> None:
@@ -287,10 +334,13 @@ class Streamer:
                         item = next(waiting, None)
                     if item is None:
                         return
-                    self.filler.bring(self.filler.file(item[0]), item[1])
+                    if isinstance(item, Run):
+                        self.filler.file(item.file).read_around(item.offset, item.into)
+                    else:
+                        self.filler.bring(self.filler.file(item[0]), item[1])
 
-            count = num_readers(self.filler.file(state.pieces[0][0]))
-            futures = [self._readers.submit(work) for _ in range(min(count, len(state.pieces)))]
+            count = num_readers(self.filler.file(state.pieces[0][0])) if state.pieces else DIRECT_READERS
+            futures = [self._readers.submit(work) for _ in range(min(count, len(todo)))]
             wait(futures)  # also after an error: whoever still wrote would spoil what comes into the slot next
             for future in futures:
                 future.result()
@@ -344,3 +394,32 @@ def _turns(units: Sequence[Unit]) -> list[int]:
 def _stand_in(tensor: Tensor) -> Tensor:
     empty = torch.empty_like(tensor, device="meta")
     return nn.Parameter(empty, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+
+
+#: a tensor, its entry, and where it begins in the slot; or, with the offset in the file, the pages it is read with, and their size
+_Laid = tuple[Wanted, TensorEntry, int | None, int, int]
+
+
+def _lay_out_runs(wanted: Sequence[tuple[Wanted, TensorEntry]], offset: int) -> tuple[list[_Laid], int]:
+    """Places in a slot from `offset` on such that whole pages of the files can be read into it, and where they end."""
+    laid: list[_Laid] = []
+    page = mmap.PAGESIZE
+    group: list[tuple[Wanted, TensorEntry]] = []
+
+    def close(offset: int) -> int:
+        if not group:
+            return offset
+        base = -(-offset // page) * page
+        first = group[0][1].offset // page * page
+        end = max(entry.offset + entry.nbytes for _, entry in group)
+        length = -(-(end - first) // page) * page
+        laid.append((*group[0], first, base, length))
+        laid.extend((one, entry, None, base + entry.offset - first, 0) for one, entry in group)
+        group.clear()
+        return base + length
+
+    for one, entry in sorted(wanted, key=lambda item: (item[1].file, item[1].offset)):
+        if group and (group[-1][1].file != entry.file or entry.offset - group[-1][1].offset - group[-1][1].nbytes > GAP):
+            offset = close(offset)
+        group.append((one, entry))
+    return laid, close(offset)

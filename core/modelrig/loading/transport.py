@@ -42,6 +42,7 @@ class TensorFileReader:
         self.file, self.for_paging = file, for_paging
         self._mapped: Tensor | None = None  # uint8, the whole file
         self._opening, self._is_closed = threading.Lock(), False
+        self._direct: int | None = None  # a descriptor that goes around the page cache; -1 where there is none
         self._open()
         self.is_on_network = is_on_network(file.path)
         self._can_map = file.size > 0 and not self.is_on_network
@@ -75,7 +76,45 @@ class TensorFileReader:
             done += count
         return buffer
 
+    def read_around(self, offset: int, buffer: Tensor) -> None:
+        """Like `read`, but past the page cache, which then has nothing to make room for.
+
+        Offset, size and address of `buffer` are multiples of a page; what lies beyond the end of the file is left as it is.
+        """
+        with self._opening:
+            if self._descriptor < 0 and not self._is_closed:
+                self._open()
+            if self._direct is None:
+                self._direct = self._reopen_direct()
+        needed = min(buffer.numel(), self.file.size - offset)
+        window, done = memoryview(buffer.numpy().data), 0
+        while self._direct >= 0 and done < needed:
+            try:
+                count = os.preadv(self._direct, [window[done:]], offset + done)
+            except OSError:  # a file system that takes the flag and not the read
+                break
+            if count == 0:
+                raise _changed(self.file)
+            done += count
+            if done % mmap.PAGESIZE:
+                break
+        if done < needed:
+            self.read(offset + done, buffer[done:needed])
+            os.posix_fadvise(self._descriptor, offset + done, needed - done, os.POSIX_FADV_DONTNEED)
+
+    def _reopen_direct(self) -> int:
+        """The same file without the page cache in between; -1 on a file system that cannot."""
+        try:
+            descriptor = os.open(f"/proc/self/fd/{self._descriptor}", os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+        except OSError:
+            return -1
+        self._closing_direct = weakref.finalize(self, os.close, descriptor)
+        return descriptor
+
     def close(self) -> None:
+        if self._direct is not None and self._direct >= 0:
+            self._closing_direct()
+        self._direct = -1
         self._release()
         self._mapped, self._can_map, self._is_closed = None, False, True
 
