@@ -42,11 +42,6 @@ def tiny_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(filling, "PIECE_BYTES", 200)
 
 
-@pytest.fixture
-def on_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transport, "is_on_network", lambda path: True)
-
-
 def same(expected: torch.Tensor, actual: torch.Tensor) -> bool:
     return expected.dtype == actual.dtype and expected.shape == actual.shape and torch.equal(expected, actual)
 
