@@ -113,6 +113,7 @@ class Filler:
         jobs.sort(key=lambda job: (job[0].file, job[0].offset))
         counter = _Counter(sum(_taken_bytes(entry, part) for entry, part, _ in jobs), progress)
         mapped = 0
+        viewed: set[tuple[int, int]] = set()
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))  # tensors outlive the mode of whoever asks for them
             pool: ThreadPoolExecutor | None = None
@@ -120,7 +121,8 @@ class Filler:
                 todo: list[tuple[TensorEntry, Part, Tensor]] = []
                 for entry, part, one in group:
                     view = self._view(number, entry, part, one)
-                    if view is not None:
+                    if view is not None and (number, entry.offset) not in viewed:  # two tensors share no memory
+                        viewed.add((number, entry.offset if entry.nbytes else -1))
                         tensors[one.name] = view
                         mapped += entry.nbytes
                         counter.add(entry.nbytes)
