@@ -45,14 +45,16 @@ import torch
 from accelerate import init_empty_weights, load_checkpoint_and_dispatch
 from transformers import AutoConfig, AutoModelForCausalLM
 config = AutoConfig.from_pretrained(path)
-with init_empty_weights():
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-whole = {name for name, _ in model.named_modules() if not any(True for _ in model.get_submodule(name).children())}
 device_map = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
 for number in range(config.num_hidden_layers):
     name = f"model.layers.{number}"
     device_map[name] = "disk" if name in on_disk else "cpu"
-model = load_checkpoint_and_dispatch(model, path, device_map=device_map, offload_folder=work, dtype=torch.bfloat16).eval()
+if os.environ.get("FROM_PRETRAINED"):
+    model = AutoModelForCausalLM.from_pretrained(path, device_map=device_map, offload_folder=work, dtype=torch.bfloat16)
+else:
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model = load_checkpoint_and_dispatch(model, path, device_map=device_map, offload_folder=work, dtype=torch.bfloat16).eval()
 model.generation_config.eos_token_id = None
 ids = torch.arange(7, 15)[None]
 class Clock:
@@ -79,6 +81,9 @@ print(json.dumps({"rate": done / (time.perf_counter() - start)}))
 """
 
 
+THROUGH = "transformers with accelerate"
+
+
 def measure(shape: str, share: float, tokens: int, repeats: int, work: Path) -> dict[str, Any]:
     from transformers import LlamaConfig
 
@@ -98,22 +103,22 @@ def measure(shape: str, share: float, tokens: int, repeats: int, work: Path) -> 
     names = json.dumps([f"model.layers.{number}" for number in chosen])
     limit = kept + 2 * block + (700 << 20)  # the interpreter, torch and a prompt's activations
     files = json.dumps([str(file) for file in sorted(path.glob("*.safetensors"))])
-    settings = {"modelrig": OURS, "accelerate": ACCELERATE}
+    settings = {"modelrig": (OURS, {}), "accelerate": (ACCELERATE, {}), THROUGH: (ACCELERATE, {"FROM_PRETRAINED": "1"})}
     found: dict[str, Any] = {"disk_bytes": disk, "kept_bytes": kept, "limit_bytes": limit, "layers_on_disk": count}
     regimes = ["limited", "cached"] if os.geteuid() == 0 else ["cached"]
     for regime in regimes:
         rows: dict[str, list[dict]] = {name: [] for name in (*settings, "reader")}
         for repeat in range(repeats + (regime == "cached")):
             for name in (*settings, "reader"):
-                code, arguments = settings.get(name, READER), (str(path), str(tokens), names, str(work))
+                (code, environ), arguments = settings.get(name, (READER, {})), (str(path), str(tokens), names, str(work))
                 if name == "reader":
                     arguments = (files, str(min(disk, sum(file.stat().st_size for file in path.glob("*.safetensors")))))
                 if regime == "limited":
                     drop_cache(path)
                     with memory_limit(limit) as group:
-                        row = child(code, *arguments, group=group)
+                        row = child(code, *arguments, group=group, **environ)
                 else:
-                    row = child(code, *arguments)
+                    row = child(code, *arguments, **environ)
                 if repeat or regime == "limited":
                     rows[name].append(row)
         reader = median(rows["reader"], "rate")
@@ -143,7 +148,7 @@ def main() -> None:
         found = measure(arguments.shape, arguments.share, arguments.tokens, arguments.repeats, Path(work))
     rows = []
     for regime in ("limited", "cached"):
-        for name in ("modelrig", "accelerate"):
+        for name in ("modelrig", "accelerate", THROUGH):
             if regime in found:
                 row = found[regime][name]
                 row["ratio"] = round(row["tokens_per_second"] / found[regime]["accelerate"]["tokens_per_second"], 2)

@@ -142,7 +142,7 @@ class Streamer:
                 for size in one.shape:
                     count *= size
                 offset += -(-count // ALIGNMENT) * ALIGNMENT
-            state.paged, state.dropped = tuple(paged), tuple(dropped)
+            state.paged, state.dropped = _merged(paged), _merged(dropped)
             laid, offset = _lay_out_runs([(one, self.filler.catalog.entries[one.sources[0].name]) for one in direct], offset)
             runs.append((state, laid))
             sizes[state.slot] = max(sizes[state.slot], offset)
@@ -423,3 +423,22 @@ def _lay_out_runs(wanted: Sequence[tuple[Wanted, TensorEntry]], offset: int) -> 
             offset = close(offset)
         group.append((one, entry))
     return laid, close(offset)
+
+
+def _merged(views: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The bytes of views of mapped files, neighbours as one: a block is a handful of ranges, and each costs system calls."""
+    ranges: list[tuple[Any, int, int]] = []  # storage, first byte, end
+    for view in sorted((view for view in views if view.numel()), key=lambda view: view.data_ptr()):
+        storage = view.untyped_storage()
+        start = view.data_ptr() - storage.data_ptr()
+        end = start + view.numel() * view.element_size()
+        if ranges and ranges[-1][0].data_ptr() == storage.data_ptr() and 0 <= start - ranges[-1][2] < mmap.PAGESIZE:
+            ranges[-1] = (storage, ranges[-1][1], end)
+        else:
+            ranges.append((storage, start, end))
+    with torch.inference_mode(False):
+        return tuple(_bytes_of(storage, start, end) for storage, start, end in ranges)
+
+
+def _bytes_of(storage: Any, start: int, end: int) -> Tensor:
+    return torch.empty(0, dtype=torch.uint8).set_(storage, start, (end - start,))
