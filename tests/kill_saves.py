@@ -402,9 +402,11 @@ def baseline(root: Path, kills: int) -> Counter[str]:
     import torch
     from safetensors.numpy import load_file
     from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.utils import logging
 
     torch.set_num_threads(1)
-    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 6, "num_attention_heads": 4, "vocab_size": 512}
+    logging.disable_progress_bar()
+    shape = {"hidden_size": 320, "intermediate_size": 640, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 2048}
     model = LlamaForCausalLM(LlamaConfig(**shape))
     kept, folder = root / "kept", root / "transformers"
     limit = sum(one.numel() * 4 for one in model.parameters()) // 6 + 70_000
@@ -434,7 +436,8 @@ def baseline(root: Path, kills: int) -> Counter[str]:
         child.go()
         child.wait()
         times.append(time.perf_counter() - began)
-    counts = Counter({"shards": len(list(kept.glob("*.safetensors")))})
+    files = list(kept.glob("*.safetensors"))
+    counts = Counter({"shards": len(files), "bytes": sum(file.stat().st_size for file in files)})
     for _ in range(kills):
         shutil.rmtree(folder)
         shutil.copytree(kept, folder)
