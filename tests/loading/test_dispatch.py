@@ -321,13 +321,14 @@ def test_buffers_that_are_computed_are_left_as_they_are(tmp_path: Path, device_m
 
 
 @pytest.mark.parametrize("around", [torch.inference_mode, torch.no_grad, lambda: torch.device("meta")])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("device_map", ["cpu", "disk"])
-def test_the_callers_modes_do_not_matter(tmp_path: Path, net: Net, device_map: str, around: Callable[[], Any]) -> None:
+def test_the_callers_modes_do_not_matter(tmp_path: Path, net: Net, device_map: str, dtype: str, around: Callable[[], Any]) -> None:
     with modelrig.empty_weights():
         module = Net()
     with around():
-        modelrig.load_and_dispatch(module, tmp_path, device_map, ["Block"], dtype="float64")
-    net = net.double()
+        modelrig.load_and_dispatch(module, tmp_path, device_map, ["Block"], dtype=dtype)
+    net = net.to(getattr(torch, dtype))
     with torch.no_grad():
         assert torch.equal(net(NET_IDS), module(NET_IDS))
     with torch.inference_mode():

@@ -441,4 +441,4 @@ def _merged(views: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 def _bytes_of(storage: Any, start: int, end: int) -> Tensor:
-    return torch.empty(0, dtype=torch.uint8).set_(storage, start, (end - start,))
+    return torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage, start, (end - start,), (1,))
