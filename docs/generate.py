@@ -128,7 +128,6 @@ FOREIGN_VARIABLES = {
     "HF_ENDPOINT": "another server than the hub's own",
     "CUDA_VISIBLE_DEVICES": "the GPUs that are there for this process",
     "OMP_NUM_THREADS": "threads torch computes with on the CPU",
-    "THP_MEM_ALLOC_ENABLE": "whether torch asks for huge pages; set to 1 by loading unless it is set",
 }
 
 

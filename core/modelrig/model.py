@@ -90,8 +90,6 @@ def load(
 def _load(plan: Plan, progress: Callable[[int, int], None] | None) -> Model:
     """fetch → tokenizer → build on meta → read and place → model."""
     require_one_gpu(plan.device_map)
-    # torch reads this at its first allocation: large buffers in huge pages are touched several times faster
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     import torch
 
     from modelrig.generation.tokenizer import Tokenizer

@@ -26,7 +26,7 @@ from modelrig.components import DTYPE_BITS, Catalog, FormatReader, Part, TensorE
 from modelrig.errors import LoadError
 from modelrig.loading.pieces import PIECE_BYTES, Piece, is_whole, pieces
 from modelrig.loading.progress import Progress
-from modelrig.loading.transport import HUGE_FROM_BYTES, TensorFileReader, allocate_huge, check_unchanged
+from modelrig.loading.transport import TensorFileReader, check_unchanged
 from modelrig.planning.environment import read_environment
 
 if TYPE_CHECKING:
@@ -305,8 +305,6 @@ def _takes_bytes(entry: TensorEntry, into: Tensor) -> bool:
 
 
 def _allocate(one: Wanted) -> Tensor:
-    if one.device.type == "cpu" and math.prod(one.shape) * one.dtype.itemsize >= HUGE_FROM_BYTES:
-        return allocate_huge(one.shape, one.dtype)
     return torch.empty(one.shape, dtype=one.dtype, device=one.device)
 
 

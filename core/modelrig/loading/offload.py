@@ -33,7 +33,7 @@ from modelrig.components import TensorEntry
 from modelrig.errors import LoadError
 from modelrig.loading.filling import READERS_ON_NETWORK, Filler, Wanted, num_readers
 from modelrig.loading.pieces import Piece, pieces
-from modelrig.loading.transport import allocate_huge, drop_pages, fetch_pages
+from modelrig.loading.transport import allocate_pages, drop_pages, fetch_pages
 
 SLOTS = 2  # one computes, one is filled
 ALIGNMENT = 64  # bytes, of each tensor in a slot
@@ -176,10 +176,10 @@ class Streamer:
             state.pieces = tuple(sorted(state.pieces, key=lambda item: (item[0], item[1].entry.offset)))
 
     def _slot_of(self, size: int) -> Tensor:
-        """Memory that begins at a page, in huge pages where there are any."""
+        """Memory that begins at a page."""
         if self.device.type != "cpu" or not size:
             return torch.empty(size, dtype=torch.uint8, device=self.device)
-        return allocate_huge((size,), torch.uint8)
+        return allocate_pages(size)
 
     @property
     def slotted(self) -> list[str]:

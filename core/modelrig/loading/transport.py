@@ -7,14 +7,11 @@ SIGBUS, and reading in pieces is as fast as touching mapped pages.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import mmap
 import os
 import threading
 import weakref
-from collections.abc import Sequence
-from math import prod
 from types import TracebackType
 
 import numpy as np
@@ -197,16 +194,9 @@ def _map_file(descriptor: int, size: int, access: int) -> Mapping | None:
     return mapping
 
 
-HUGE_FROM_BYTES = 4 << 20
-
-
-def allocate_huge(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Memory that nobody has touched yet, in huge pages where the system has them: filling it takes a fraction of the faults."""
-    size = prod(shape) * dtype.itemsize
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8).view(dtype).view(tuple(shape))
+def allocate_pages(size: int) -> Tensor:
+    """uint8 [size] that begins at a page, as reading around the page cache needs it."""
+    return torch.frombuffer(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.uint8)
 
 
 _POPULATE_READ = 22  # MADV_POPULATE_READ, from Linux 5.14 on
