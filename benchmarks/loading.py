@@ -11,10 +11,11 @@ peer.
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import SHAPES, child, drop_cache, median, random_checkpoint, storage, table, write
+from benchmarks.common import RESULTS, SHAPES, child, drop_cache, median, random_checkpoint, storage, table, write
 
 HEAD = """
 import sys, time, json, resource, threading, os
@@ -60,7 +61,7 @@ OURS_MODULE = (
     + """
 import modelrig
 from modelrig.checkpoint.mapping import Concat, Rename, Stack
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, MixtralForCausalLM
 config = AutoConfig.from_pretrained(path)
 rules = [
     Concat(["{*p}.block_sparse_moe.experts.{e}.w1.weight", "{*p}.block_sparse_moe.experts.{e}.w3.weight"], "{*p}.gate_up.{e}"),
@@ -241,13 +242,14 @@ def main() -> None:
                 for row in measured.values():
                     row[f"{key}_ratio"] = round(best / row[f"{key}_seconds"], 2)
             title = f"{case}, {'cold' if cold else 'warm'}"
-            figures[title] = measured
+            figures[title] = {"repeats": arguments.repeats, "settings": measured}
             print(f"\n{title}\n")
             header = ["setting", "load, s", "×", "load and touch, s", "×", "peak of the load, MiB", "weights, MiB", "µs/tensor"]
             columns = ["load_seconds", "load_ratio", "touched_seconds", "touched_ratio", "peak_mib", "weights_mib"]
             columns.append("microseconds_per_tensor")
             print(table(header, [[name, *(row[column] for column in columns)] for name, row in measured.items()]), flush=True)
-    write("loading", {"repeats": arguments.repeats, "cases": figures})
+    kept = json.loads((RESULTS / "loading.json").read_text())["cases"] if (RESULTS / "loading.json").exists() else {}
+    write("loading", {"cases": kept | figures})  # cases that were not measured now stay
 
 
 if __name__ == "__main__":
