@@ -26,7 +26,7 @@ from modelrig.components import DTYPE_BITS, Catalog, FormatReader, Part, TensorE
 from modelrig.errors import LoadError
 from modelrig.loading.pieces import PIECE_BYTES, Piece, is_whole, pieces
 from modelrig.loading.progress import Progress
-from modelrig.loading.transport import TensorFileReader, check_unchanged
+from modelrig.loading.transport import TensorFileReader, allocate_pages, check_unchanged
 from modelrig.planning.environment import read_environment
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 READERS = 4  # threads at most: two fill a local disk's queue, and casting wants a core each
 READERS_ON_NETWORK = 8  # these mostly wait
 SMALL_BYTES = 32 << 10  # pieces below are read together
+MAPPED_FROM_BYTES = 4 << 20  # a tensor this large has pages of its own, which go back to the system with it
 _REPORT_SECONDS = 0.1
 _SERIAL = 32_767  # elements torch copies without starting threads of its own, of which there are enough
 
@@ -305,6 +306,9 @@ def _takes_bytes(entry: TensorEntry, into: Tensor) -> bool:
 
 
 def _allocate(one: Wanted) -> Tensor:
+    size = math.prod(one.shape) * one.dtype.itemsize
+    if one.device.type == "cpu" and size >= MAPPED_FROM_BYTES:  # malloc may keep what is freed
+        return allocate_pages(size).view(one.dtype).view(one.shape)
     return torch.empty(one.shape, dtype=one.dtype, device=one.device)
 
 

@@ -195,7 +195,7 @@ def _map_file(descriptor: int, size: int, access: int) -> Mapping | None:
 
 
 def allocate_pages(size: int) -> Tensor:
-    """uint8 [size] that begins at a page, as reading around the page cache needs it."""
+    """uint8 [size] that begins at a page, as reading around the page cache needs it, and goes back to the system when freed."""
     return torch.frombuffer(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.uint8)
 
 
