@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from attrs import evolve
 
+from modelrig.checkpoint.saving.names import MANIFEST
 from modelrig.checkpoint.saving.protocol import save_checkpoint
-from modelrig.components import Part, Snapshot, StoredTensor
+from modelrig.components import Part, StoredTensor
 from modelrig.errors import RequestError
 from modelrig.loading.filling import Filler, Wanted
 from modelrig.loading.into_module import CPU, Opened
-from modelrig.planning.identify import catalog
+from modelrig.planning.identify import catalog, resolve
 from modelrig.registry import Registry, current
 
 
@@ -31,19 +32,20 @@ def convert_once(opened: Opened, wanted: Sequence[Wanted], folder: str | os.Path
     registry = current()
     place = Path(folder) / _key(opened, wanted)
     stored = [StoredTensor(one.name, str(one.dtype).removeprefix("torch."), one.shape) for one in wanted]
-    if not (place / "modelrig.json").exists():  # a save is all or nothing: what is there is complete
+    if not (place / MANIFEST).exists():  # a save is all or nothing: what is there is complete
         by_name = {one.name: one for one in wanted}
         with Filler(opened.catalog, opened.reader, keep_open=True) as filler:
 
             def read(tensor: StoredTensor) -> Iterator[memoryview]:
                 one = evolve(by_name[tensor.name], device=CPU, buffer=None)
                 values = filler.fill([one])[one.name].contiguous().view(-1)
+                filler.check_unchanged()  # before anything is committed
                 if values.numel():
                     yield values.view(torch.uint8).numpy().data
 
-            save_checkpoint(place, stored, read, _writer(registry), max_shard_size="5GB", durable=False)
-            filler.check_unchanged()
-    identified, found = catalog(Snapshot(reference=str(place), root=place, source="local"), registry)
+            save_checkpoint(place, stored, read, _writer(registry), durable=False)
+    _, snapshot = resolve(str(place.absolute()), registry)
+    identified, found = catalog(snapshot, registry)
     copy = Opened(place, found, identified.registered.implementation())
     return copy, {one.name: evolve(one, sources=(Part(one.name, one.shape),)) for one in wanted}
 
