@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import os
 import threading
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, nullcontext
@@ -26,7 +27,7 @@ from modelrig.components import DTYPE_BITS, Catalog, FormatReader, Part, TensorE
 from modelrig.errors import LoadError
 from modelrig.loading.pieces import PIECE_BYTES, Piece, is_whole, pieces
 from modelrig.loading.progress import Progress
-from modelrig.loading.transport import TensorFileReader, allocate_pages, check_unchanged
+from modelrig.loading.transport import TensorFileReader, allocate_pages, check_unchanged, populate_pages
 from modelrig.planning.environment import read_environment
 
 if TYPE_CHECKING:
@@ -36,6 +37,10 @@ READERS = 4  # threads at most: two fill a local disk's queue, and casting wants
 READERS_ON_NETWORK = 8  # these mostly wait
 SMALL_BYTES = 32 << 10  # pieces below are read together
 MAPPED_FROM_BYTES = 4 << 20  # a tensor this large has pages of its own, which go back to the system with it
+POPULATED_FROM_BYTES = 256 << 10  # one call for all pages of a piece is cheaper than a fault for each
+AHEAD_BYTES = 32 << 20  # that the system reads while what was read before is cast
+_SMALL_PAGES_SECONDS = 1 / 4e9  # for each byte of new small pages, about
+_LOST_SECONDS = 0.02  # before they are given up
 _REPORT_SECONDS = 0.1
 _SERIAL = 32_767  # elements torch copies without starting threads of its own, of which there are enough
 
@@ -78,6 +83,7 @@ class Filler:
         self._opening = threading.Lock()
         self._stop = threading.Event()
         self._stagings = threading.local()
+        self._lost_seconds = 0.0  # to huge pages, compared with small ones
 
     def __enter__(self) -> Filler:
         return self
@@ -187,7 +193,7 @@ class Filler:
                     counter.add(piece.entry.nbytes)
                     counter.report()
             return
-        waiting, lock = _batches(todo), threading.Lock()
+        waiting, lock = _batches(todo if file.is_on_network else _announced(todo, file)), threading.Lock()
 
         def work() -> None:
             while not self._stop.is_set():
@@ -220,6 +226,9 @@ class Filler:
     def _bring(self, file: TensorFileReader, batch: list[Piece]) -> Iterator[Piece]:
         """Read the pieces with one call, and cast them into their places; each is passed on when it is there."""
         first, last = batch[0].entry, batch[-1].entry
+        for piece in batch:
+            if piece.into.nbytes >= POPULATED_FROM_BYTES and piece.into.device.type == "cpu" and piece.into.is_contiguous():
+                self._populate(piece.into)
         if len(batch) == 1 and batch[0].cut is None and first.strides is None and _takes_bytes(first, batch[0].into):
             file.read(first.offset, batch[0].into.view(-1).view(torch.uint8))
             yield batch[0]
@@ -231,6 +240,17 @@ class Filler:
             with torch.inference_mode() if piece.into.is_inference() else nullcontext():
                 _copy(values, piece.into)
             yield piece
+
+    def _populate(self, memory: Tensor) -> None:
+        """Give memory that is about to be written its pages: huge ones, as long as they do not take more time than small ones.
+
+        Of a virtual machine's large free blocks some may be with its host, and to get those back takes ten times as long.
+        """
+        large = self._lost_seconds < _LOST_SECONDS and memory.untyped_storage().nbytes() >= MAPPED_FROM_BYTES
+        start = time.perf_counter()
+        populate_pages(memory, huge=large)
+        if large:
+            self._lost_seconds += time.perf_counter() - start - memory.nbytes * _SMALL_PAGES_SECONDS
 
     def _staging(self, count: int, device: torch.device) -> Tensor:
         """Memory of this thread to read into; pinned for a GPU. One for what is larger than a piece is not kept."""
@@ -260,10 +280,27 @@ def _batches(todo: Iterable[Piece]) -> Iterator[list[Piece]]:
         yield batch
 
 
+def _announced(todo: Sequence[Piece], file: TensorFileReader) -> Iterator[Piece]:
+    """The pieces, while the system is told to read those that come next."""
+    position = 0
+    for number, piece in enumerate(todo):
+        if position == number or todo[position - 1].entry.offset - piece.entry.offset < AHEAD_BYTES // 2:
+            start = stop = todo[position].entry.offset if position < len(todo) else 0
+            while position < len(todo) and todo[position].entry.offset < piece.entry.offset + AHEAD_BYTES:
+                following = todo[position].entry
+                if following.offset - stop > PIECE_BYTES:  # what lies between is not wanted
+                    file.announce(start, stop)
+                    start = following.offset
+                stop = following.offset + following.nbytes
+                position += 1
+            file.announce(start, stop)
+        yield piece
+
+
 def _copy(values: Tensor, into: Tensor) -> None:
+    """Cast and copy, without threads of torch's own and holding up Python's others as rarely as can be."""
     if into.device.type == "cpu" and into.dim() == 1 and into.shape[0] > _SERIAL:
-        for target, source in zip(torch.split(into, _SERIAL), torch.split(values, _SERIAL), strict=True):
-            target.copy_(source)
+        torch._foreach_copy_(torch.split(into, _SERIAL), torch.split(values, _SERIAL))
     else:
         into.copy_(values)
 

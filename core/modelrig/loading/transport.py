@@ -24,6 +24,7 @@ from modelrig.components import TensorEntry, TensorFile
 from modelrig.errors import FileError
 
 READ_SIZE = 16 << 20
+ANNOUNCED_BYTES = 4 << 20  # of one hint the kernel heeds no more than its own read-ahead, often 8 MiB, sometimes 128 KiB
 _READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
 
 
@@ -58,9 +59,7 @@ class TensorFileReader:
         Raises:
             FileError: IO-CHANGED if the file ends before, IO-READ if the system cannot read it.
         """
-        with self._opening:
-            if self._descriptor < 0 and not self._is_closed:
-                self._open()
+        self._require_open()
         window, done = memoryview(buffer.numpy().data), 0
         while done < len(window):
             try:
@@ -73,14 +72,19 @@ class TensorFileReader:
             done += count
         return buffer
 
+    def announce(self, start: int, stop: int) -> None:
+        """Let the system begin to read these bytes of the file: a hint."""
+        self._require_open()
+        for offset in range(start, stop, ANNOUNCED_BYTES) if hasattr(os, "posix_fadvise") else ():
+            os.posix_fadvise(self._descriptor, offset, min(ANNOUNCED_BYTES, stop - offset), os.POSIX_FADV_WILLNEED)
+
     def read_around(self, offset: int, buffer: Tensor) -> None:
         """Like `read`, but past the page cache, which then has nothing to make room for.
 
         Offset, size and address of `buffer` are multiples of a page; what lies beyond the end of the file is left as it is.
         """
+        self._require_open()
         with self._opening:
-            if self._descriptor < 0 and not self._is_closed:
-                self._open()
             if self._direct is None:
                 self._direct = self._reopen_direct()
         needed = min(buffer.numel(), self.file.size - offset)
@@ -127,6 +131,11 @@ class TensorFileReader:
                 raise _changed(self.file)
             self._descriptor = os.dup(descriptor)
         self._closing = weakref.finalize(self, os.close, self._descriptor)  # also when whoever held this is forgotten
+
+    def _require_open(self) -> None:
+        with self._opening:
+            if self._descriptor < 0 and not self._is_closed:
+                self._open()
 
     def _release(self) -> None:
         with self._opening:
@@ -199,7 +208,8 @@ def allocate_pages(size: int) -> Tensor:
     return torch.frombuffer(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.uint8)
 
 
-_POPULATE_READ = 22  # MADV_POPULATE_READ, from Linux 5.14 on
+_POPULATE_READ, _POPULATE_WRITE = 22, 23  # MADV_POPULATE_READ and _WRITE, from Linux 5.14 on
+HUGE_PAGE = 2 << 20
 _POPULATED = 16 << 20  # bytes asked for at a time
 
 
@@ -214,6 +224,17 @@ def fetch_pages(tensor: Tensor) -> None:
         size = min(_POPULATED, end - address)
         if _libc.madvise(address, size, _POPULATE_READ):
             return
+
+
+def populate_pages(tensor: Tensor, *, huge: bool = False) -> None:
+    """Give memory that is about to be written its pages, with one call instead of a fault for each; a hint."""
+    if huge:
+        first = tensor.data_ptr() // HUGE_PAGE * HUGE_PAGE
+        _libc.madvise(first, -(-(tensor.data_ptr() + tensor.nbytes - first) // HUGE_PAGE) * HUGE_PAGE, mmap.MADV_HUGEPAGE)
+    start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if start < end:
+        _libc.madvise(start, end - start, _POPULATE_WRITE)
 
 
 def drop_pages(tensor: Tensor) -> None:
