@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
+from modelrig.checkpoint.collector import collector_paused
 from modelrig.checkpoint.headers import Header
 from modelrig.checkpoint.index import ShardIndex, read_index
 from modelrig.checkpoint.paths import inside, is_pending
@@ -54,7 +53,7 @@ def list_tensor_files(snapshot: Snapshot) -> tuple[str, ...]:
 
 def catalog_single(snapshot: Snapshot, name: str, *, format: str, read_header: HeaderReader, notes: Iterable[str] = ()) -> Catalog:  # noqa: A002
     """The catalog of a checkpoint that is the one tensor file `name`."""
-    with _collector_paused():
+    with collector_paused():
         file, header = _read(snapshot, name, 0, read_header)
     return Catalog(format=format, files=(file,), entries=header.entries, metadata=header.metadata, notes=tuple(notes))
 
@@ -77,7 +76,7 @@ def catalog_sharded(
         IndexFileError: IX-MISSING with all missing shards, IX-NOTENSOR, IX-DUP, and what `read_index` raises.
         FileError, FormatError: what `read_header` raises; IO-PATH for a shard that is a link out of the folder.
     """
-    with _collector_paused():
+    with collector_paused():
         index = read_index(inside(snapshot, index_name), suffix=suffix)
         _require_shards(snapshot, index)
         files: list[TensorFile] = []
@@ -160,15 +159,3 @@ def _report(
 def _some(names: Collection[str]) -> str:
     shown = ", ".join(quoted(name) for name in list(names)[:_NAMED])
     return shown if len(names) <= _NAMED else f"{shown} and {len(names) - _NAMED:,} more"
-
-
-@contextmanager
-def _collector_paused() -> Iterator[None]:
-    """Hundreds of thousands of small objects are made here and none is garbage: looking for cycles would triple the time."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()

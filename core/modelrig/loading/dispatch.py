@@ -107,7 +107,7 @@ def load_and_dispatch(
             streamer = Streamer(units, paging, main, pages=pages)
             stack.callback(streamer.close)
             tensors.update(streamer.tensors)
-        assign(module, matched, tensors, states)
+        assign(matched, tensors, states)
         _move_rest(module, runs_on)
         if strict:
             require_data(module)

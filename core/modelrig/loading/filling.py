@@ -103,6 +103,9 @@ class Filler:
 
     def file(self, number: int) -> TensorFileReader:
         """The open file `number` of the catalog."""
+        found = self._files.get(number)
+        if found is not None:
+            return found
         with self._opening:
             found = self._files.get(number)
             if found is None:
@@ -175,7 +178,7 @@ class Filler:
         if data is None:
             return None
         tensor = self.reader.decode(data, entry)
-        return tensor if entry.nbytes == 0 or tensor.untyped_storage().data_ptr() == data.untyped_storage().data_ptr() else None
+        return tensor if entry.nbytes == 0 or tensor.data_ptr() == data.data_ptr() else None  # else decoding copied it
 
     # ------------------------------------------------------------------------------------------ pieces
 

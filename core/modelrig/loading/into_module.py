@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
+from modelrig.checkpoint.collector import collector_paused
 from modelrig.checkpoint.folder import again_if_exchanged, consistently
 from modelrig.checkpoint.mapping import Rule, Target, apply_rules, check_cover
 from modelrig.components import Catalog, FormatReader
@@ -57,7 +58,7 @@ class Matched:
     """A module's tensors beside those of a checkpoint.
 
     `fills` has one name of each tensor that is loaded → what it is put together of; `names` all names of a tensor → the one it is
-    loaded by; `extra` the names of modules' extra states.
+    loaded by; `extra` the names of modules' extra states; `owners` the module's parts by all their names.
     """
 
     fills: Mapping[str, Target]
@@ -65,6 +66,7 @@ class Matched:
     names: Mapping[str, str]
     extra: Sequence[str]
     keys: IncompatibleKeys
+    owners: Mapping[str, nn.Module]
 
 
 @forgets_frames
@@ -109,14 +111,14 @@ def _load(
     dtype: torch.dtype | None,
     progress: ProgressChoice,
 ) -> IncompatibleKeys:
-    matched = match_module(module, opened, mapping, strict)
-    wanted = list(wanted_tensors(matched, dtype))
-    with Filler(opened.catalog, opened.reader) as filler:
+    with collector_paused(), Filler(opened.catalog, opened.reader) as filler:
+        matched = match_module(module, opened, mapping, strict)
+        wanted = wanted_tensors(matched, dtype)
         with progress_bar("loading", progress) as report:
             tensors = filler.fill(wanted, report)
         states = extra_states(matched, opened, filler)
         filler.check_unchanged()
-    assign(module, matched, tensors, states)
+        assign(matched, tensors, states)
     if strict:
         require_data(module)
     return matched.keys
@@ -169,7 +171,8 @@ def match_module(module: nn.Module, opened: Opened, mapping: Sequence[Rule], str
             first[id(value)] = name
     for name, value in tensors.items():
         names[name] = first[id(value)]
-    counters = set(_counters(module))
+    owners = dict(module.named_modules(remove_duplicate=False))
+    counters = set(_counters(owners))
     missing = [name for name in state if names.get(name, name) not in stored and name not in counters]
     unexpected = [name for name in stored if name not in state]
     fills = {name: stored[name] for name in (*dict.fromkeys(names.values()), *extra) if name in stored}
@@ -195,16 +198,16 @@ def match_module(module: nn.Module, opened: Opened, mapping: Sequence[Rule], str
             hint="strict=False loads what fits; mapping= renames and rearranges" if not misshapen else None,
         )
     _require_equal_ties(stored, names, opened)
-    return Matched(fills, tensors, names, extra, IncompatibleKeys(missing, unexpected))
+    return Matched(fills, tensors, names, extra, IncompatibleKeys(missing, unexpected), owners)
 
 
 def _shape(value: Tensor) -> str:
     return "yet to see its first input" if is_lazy(value) else str(list(value.shape))
 
 
-def _counters(module: nn.Module) -> Iterator[str]:
+def _counters(owners: Mapping[str, nn.Module]) -> Iterator[str]:
     """Counters of batches, which files from before torch had them lack, as `load_state_dict` knows too."""
-    for prefix, part in module.named_modules(remove_duplicate=False):
+    for prefix, part in owners.items():
         if isinstance(part, _NormBase) and part._buffers.get("num_batches_tracked") is not None:
             yield f"{prefix}.num_batches_tracked" if prefix else "num_batches_tracked"
 
@@ -262,10 +265,10 @@ def extra_states(matched: Matched, opened: Opened, filler: Filler) -> dict[str, 
     return filler.fill(wanted)
 
 
-def assign(module: nn.Module, matched: Matched, tensors: Mapping[str, Tensor], states: Mapping[str, Tensor]) -> None:
+def assign(matched: Matched, tensors: Mapping[str, Tensor], states: Mapping[str, Tensor]) -> None:
     """Put what was read where the module has it; what two modules share stays shared."""
     for name, state in states.items():
-        module.get_submodule(name.rpartition(".")[0]).set_extra_state(state)
+        matched.owners[name.rpartition(".")[0]].set_extra_state(state)
     made: dict[str, Tensor] = {}
     for name, chosen in matched.names.items():
         value, tensor = matched.tensors[name], tensors.get(chosen)
@@ -276,7 +279,7 @@ def assign(module: nn.Module, matched: Matched, tensors: Mapping[str, Tensor], s
         if chosen not in made:
             made[chosen] = like(value, tensor)
         path, _, leaf = name.rpartition(".")
-        owner = module.get_submodule(path)
+        owner = matched.owners[path]
         (owner._parameters if leaf in owner._parameters else owner._buffers)[leaf] = made[chosen]  # type: ignore[assignment]
 
 
@@ -285,14 +288,16 @@ def like(value: Tensor, tensor: Tensor) -> Tensor:
     if not isinstance(value, nn.Parameter):
         return tensor
     parameter = Tensor._make_subclass(type(value), tensor, value.requires_grad)
-    parameter.__dict__.update(value.__dict__)
+    if value.__dict__:
+        parameter.__dict__.update(value.__dict__)
     return parameter
 
 
 def require_data(module: nn.Module) -> None:
     """Raise `LoadError` (LD-META) if a parameter or buffer is still without data."""
-    empty = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
-    if empty:
+    held = (one for part in module.modules() for one in (*part._parameters.values(), *part._buffers.values()))
+    if any(one is not None and one.is_meta for one in held):
+        empty = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
         raise LoadError(
             "LD-META",
             f"{len(empty)} got no data: {', '.join(empty[:LISTED])}",
