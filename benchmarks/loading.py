@@ -5,8 +5,8 @@
 Each measurement is a process of its own. `load` is the call that loads, imports done before; `touched` goes on until every weight
 was read once, so that what was only mapped is paid for; `peak` is the most memory the process held, of which what is more than the
 weights is the cost. Warm: the files are in the page cache; cold: they were dropped from it before. Ratios are against the best
-peer. Just before, another process touches the machine's free memory: a virtual machine may have given it back to its host, and
-getting it again would take longer than the load.
+peer. Just before, another process touches as much free memory as the load may take: a virtual machine may have given it back
+to its host, and getting it again would take longer than the load.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ path, dtype = sys.argv[1], sys.argv[2]
 import torch
 def report(load):
     touch = "import mmap, sys; mmap.mmap(-1, int(sys.argv[1])).madvise(23)"  # MADV_POPULATE_WRITE
-    subprocess.run([sys.executable, "-c", touch, str(status("MemFree", "/proc/meminfo") // 10 * 9)], check=True)
+    needed = sum(entry.stat().st_size for entry in os.scandir(path)) * (3 if dtype == "float32" else 1)
+    subprocess.run([sys.executable, "-c", touch, str(min(needed, status("MemFree", "/proc/meminfo") // 10 * 9))], check=True)
     base = resident()
     start = time.perf_counter()
     module = load()
@@ -251,8 +252,8 @@ def main() -> None:
             columns = ["load_seconds", "load_ratio", "touched_seconds", "touched_ratio", "peak_mib", "weights_mib"]
             columns.append("microseconds_per_tensor")
             print(table(header, [[name, *(row[column] for column in columns)] for name, row in measured.items()]), flush=True)
-    kept = json.loads((RESULTS / "loading.json").read_text())["cases"] if (RESULTS / "loading.json").exists() else {}
-    write("loading", {"cases": kept | figures})  # cases that were not measured now stay
+        kept = json.loads((RESULTS / "loading.json").read_text())["cases"] if (RESULTS / "loading.json").exists() else {}
+        write("loading", {"cases": kept | figures})  # after each case; those that were not measured now stay
 
 
 if __name__ == "__main__":

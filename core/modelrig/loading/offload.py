@@ -33,6 +33,7 @@ from modelrig.components import TensorEntry
 from modelrig.errors import LoadError
 from modelrig.loading.filling import READERS_ON_NETWORK, Filler, Wanted, num_readers
 from modelrig.loading.pieces import Piece, pieces
+from modelrig.loading.ring import PinnedRing
 from modelrig.loading.transport import allocate_pages, drop_pages, fetch_pages
 
 SLOTS = 2  # one computes, one is filled
@@ -84,7 +85,8 @@ class _State:
     hidden: tuple[tuple[dict[str, Any], str, Tensor, Tensor], ...] = ()  # (where it is held, name, itself, a stand-in)
     ready: Future[None] | None = None
     users: dict[object, int] = field(factory=dict)  # calls that compute with it → their thread
-    used: Any = None  # the GPU's event after the last use
+    arrived: torch.cuda.Event | None = None  # of the GPU, after which the slot is filled
+    used: torch.cuda.Event | None = None  # of the GPU, after the last use
 
     @property
     def is_slotted(self) -> bool:
@@ -105,6 +107,9 @@ class Streamer:
         self.tensors: dict[str, Tensor] = {}
         self.slot_bytes = 0
         self._states = [_State(unit, slot) for unit, slot in zip(units, _turns(units), strict=True)]
+        # Weights travel to a GPU on a stream of their own, while it computes on others.
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._ring: PinnedRing | None = None
         self._place()
         self._filled: list[_State | None] = [None] * (1 + max((state.slot for state in self._states), default=0))
         self._next: dict[int, int] = {}
@@ -217,6 +222,8 @@ class Streamer:
                 module.__dict__.pop("_call_impl", None)
         self._fetcher.shutdown(cancel_futures=True)
         self._readers.shutdown(cancel_futures=True)
+        if self._stream is not None:
+            self._stream.synchronize()
         self.filler.close()
         self.tensors.clear()
         self._states, self._sites, self._filled, self._slots = [], [], [], []
@@ -245,6 +252,8 @@ class Streamer:
                 if ready.done() and state.ready is ready:  # the next call tries again
                     self._forget(state)
             raise
+        if state.arrived is not None:
+            torch.cuda.current_stream(self.device).wait_event(state.arrived)
         with self._turn:
             for place, leaf, tensor, _ in state.hidden:
                 place[leaf] = tensor
@@ -260,8 +269,7 @@ class Streamer:
                 for place, leaf, _, empty in state.hidden:
                     place[leaf] = empty
             if self.device.type == "cuda":
-                state.used = torch.cuda.Event()  # type: ignore[no-untyped-call]
-                state.used.record()
+                state.used = torch.cuda.current_stream(self.device).record_event()
             if not state.users and not state.is_slotted and len(self._states) > SLOTS:
                 self._let_go(state)
             self._look_ahead(site)
@@ -313,31 +321,32 @@ class Streamer:
 
     # ------------------------------------------------------------------------------------------ in the background
 
-    def _fetch(self, state: _State, busy: Any) -> None:
-        if busy is not None:
-            busy.synchronize()
+    def _fetch(self, state: _State, busy: torch.cuda.Event | None) -> None:
+        if busy is not None and self._stream is not None:
+            self._stream.wait_event(busy)
         if state.is_slotted:  # reads go past torch, which would count what it writes itself
             torch.autograd.graph.increment_version(self._slots[state.slot])
         with torch.inference_mode(False), torch.no_grad():
             for target, source in state.copies:
-                target.copy_(source, non_blocking=True)
-            if state.copies and self.device.type == "cuda":
-                torch.cuda.current_stream(self.device).synchronize()
+                if self._ring is None:
+                    self._ring = PinnedRing(self._stream)
+                self._ring.send(source, target)
         if state.pieces or state.runs:
             todo: list[Run | tuple[int, Piece]] = [*state.runs, *state.pieces]
             waiting = iter(todo)
             lock = threading.Lock()
 
             def work() -> None:
-                while True:
-                    with lock:
-                        item = next(waiting, None)
-                    if item is None:
-                        return
-                    if isinstance(item, Run):
-                        self.filler.file(item.file).read_around(item.offset, item.into)
-                    else:
-                        self.filler.bring(self.filler.file(item[0]), item[1])
+                with torch.cuda.stream(self._stream):  # does nothing for None
+                    while True:
+                        with lock:
+                            item = next(waiting, None)
+                        if item is None:
+                            return
+                        if isinstance(item, Run):
+                            self.filler.file(item.file).read_around(item.offset, item.into)
+                        else:
+                            self.filler.bring(self.filler.file(item[0]), item[1])
 
             count = num_readers(self.filler.file(state.pieces[0][0])) if state.pieces else DIRECT_READERS
             futures = [self._readers.submit(work) for _ in range(min(count, len(todo)))]
@@ -346,6 +355,8 @@ class Streamer:
                 future.result()
         for view in state.paged:
             fetch_pages(view)
+        if self._stream is not None:
+            state.arrived = self._stream.record_event()
 
     def _drop(self, state: _State) -> None:
         if not state.users and state.ready is None:
