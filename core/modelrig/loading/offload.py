@@ -29,18 +29,17 @@ import torch
 from attrs import define, field, frozen
 from torch import Tensor, nn
 
-from modelrig.components import TensorEntry
 from modelrig.errors import LoadError
 from modelrig.loading.filling import READERS_ON_NETWORK, Filler, Wanted, num_readers
 from modelrig.loading.pieces import Piece, pieces
 from modelrig.loading.ring import PinnedRing
+from modelrig.loading.runs import Laid, lay_out_runs
 from modelrig.loading.transport import allocate_pages, drop_pages, fetch_pages
 
 SLOTS = 2  # one computes, one is filled
 ALIGNMENT = 64  # bytes, of each tensor in a slot
 DIRECT_BYTES = 16 << 20  # read around the page cache at a time: smaller ones leave the disk idle in between
 DIRECT_READERS = 2
-GAP = 1 << 20  # bytes between tensors of a unit that are read rather than skipped
 
 
 @frozen(eq=False)
@@ -126,7 +125,7 @@ class Streamer:
     def _place(self) -> None:
         """Views where they serve; the rest gets a place in its unit's slot."""
         places: list[tuple[_State, Wanted, int]] = []
-        runs: list[tuple[_State, list[_Laid]]] = []
+        runs: list[tuple[_State, list[Laid]]] = []
         sizes = [0] * (1 + max((state.slot for state in self._states), default=0))
         for state in self._states:
             offset = 0
@@ -148,7 +147,7 @@ class Streamer:
                     count *= size
                 offset += -(-count // ALIGNMENT) * ALIGNMENT
             state.paged, state.dropped = _merged(paged), _merged(dropped)
-            laid, offset = _lay_out_runs([(one, self.filler.catalog.entries[one.sources[0].name]) for one in direct], offset)
+            laid, offset = lay_out_runs([(one, self.filler.catalog.entries[one.sources[0].name]) for one in direct], offset)
             runs.append((state, laid))
             sizes[state.slot] = max(sizes[state.slot], offset)
         self.slot_bytes = sum(sizes)
@@ -405,35 +404,6 @@ def _turns(units: Sequence[Unit]) -> list[int]:
 def _stand_in(tensor: Tensor) -> Tensor:
     empty = torch.empty_like(tensor, device="meta")
     return nn.Parameter(empty, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
-
-
-#: a tensor, its entry, and where it begins in the slot; or, with the offset in the file, the pages it is read with, and their size
-_Laid = tuple[Wanted, TensorEntry, int | None, int, int]
-
-
-def _lay_out_runs(wanted: Sequence[tuple[Wanted, TensorEntry]], offset: int) -> tuple[list[_Laid], int]:
-    """Places in a slot from `offset` on such that whole pages of the files can be read into it, and where they end."""
-    laid: list[_Laid] = []
-    page = mmap.PAGESIZE
-    group: list[tuple[Wanted, TensorEntry]] = []
-
-    def close(offset: int) -> int:
-        if not group:
-            return offset
-        base = -(-offset // page) * page
-        first = group[0][1].offset // page * page
-        end = max(entry.offset + entry.nbytes for _, entry in group)
-        length = -(-(end - first) // page) * page
-        laid.append((*group[0], first, base, length))
-        laid.extend((one, entry, None, base + entry.offset - first, 0) for one, entry in group)
-        group.clear()
-        return base + length
-
-    for one, entry in sorted(wanted, key=lambda item: (item[1].file, item[1].offset)):
-        if group and (group[-1][1].file != entry.file or entry.offset - group[-1][1].offset - group[-1][1].nbytes > GAP):
-            offset = close(offset)
-        group.append((one, entry))
-    return laid, close(offset)
 
 
 def _merged(views: Sequence[Tensor]) -> tuple[Tensor, ...]:
