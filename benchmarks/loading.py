@@ -252,8 +252,8 @@ def main() -> None:
             columns = ["load_seconds", "load_ratio", "touched_seconds", "touched_ratio", "peak_mib", "weights_mib"]
             columns.append("microseconds_per_tensor")
             print(table(header, [[name, *(row[column] for column in columns)] for name, row in measured.items()]), flush=True)
-        kept = json.loads((RESULTS / "loading.json").read_text())["cases"] if (RESULTS / "loading.json").exists() else {}
-        write("loading", {"cases": kept | figures})  # after each case; those that were not measured now stay
+            kept = json.loads((RESULTS / "loading.json").read_text())["cases"] if (RESULTS / "loading.json").exists() else {}
+            write("loading", {"cases": kept | figures})  # after each table; those that were not measured now stay
 
 
 if __name__ == "__main__":

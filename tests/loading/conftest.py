@@ -32,6 +32,12 @@ def net(tmp_path: Path) -> Net:
     return made
 
 
+@pytest.fixture(params=["on_network", "around"])
+def in_slots(request: pytest.FixtureRequest) -> None:
+    """Both ways by which tensors take turns in slots."""
+    request.getfixturevalue(request.param)
+
+
 @pytest.fixture(params=["paged", "on_network", "around"])
 def way(request: pytest.FixtureRequest) -> str:
     """All ways to bring a tensor that is stored as it is used."""

@@ -420,3 +420,63 @@ def test_files_opened_by_several_threads_at_once_are_opened_once(tmp_path: Path,
     assert 1 == len(set(map(id, found)))
     assert 1 == len(open_files(tmp_path))
     filler.close()
+
+
+# ------------------------------------------------------------------------------------------------ what the system is asked for
+
+
+def test_the_system_is_told_what_will_be_read_and_of_nothing_else(
+    tmp_path: Path, tiny_pieces: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(filling, "AHEAD_BYTES", 1000)
+    monkeypatch.setattr(filling, "SMALL_BYTES", 1)  # several threads, not one call
+    catalog = write(tmp_path, STORED)
+    said: list[tuple[str, int, int]] = []
+    announce, read = transport.TensorFileReader.announce, transport.TensorFileReader.read
+
+    def announced(file: transport.TensorFileReader, offset: int, size: int) -> None:
+        said.append(("announced", offset, offset + size))
+        announce(file, offset, size)
+
+    def reads(file: transport.TensorFileReader, offset: int, buffer: torch.Tensor) -> torch.Tensor:
+        said.append(("read", offset, offset + buffer.numel()))
+        return read(file, offset, buffer)
+
+    monkeypatch.setattr(transport.TensorFileReader, "announce", announced)
+    monkeypatch.setattr(transport.TensorFileReader, "read", reads)
+    names = ("matrix", "half")  # what lies behind them is not wanted
+    with Filler(catalog, Reader()) as filler:
+        filler.fill([wanted(name, STORED[name], dtype=torch.float64) for name in names])
+    told: list[tuple[int, int]] = []
+    for what, start, stop in said:
+        if what == "announced":
+            told.append((start, stop))
+        else:
+            assert any(begin <= start and stop <= end for begin, end in told), "read before it was announced"
+    entries = [catalog.entries[name] for name in names]
+    assert sorted(told) == told
+    assert sum(entry.nbytes for entry in entries) == sum(stop - start for start, stop in told)
+    assert all(any(one.offset <= start and stop <= one.offset + one.nbytes for one in entries) for start, stop in told)
+    first_read = next(number for number, (what, _, _) in enumerate(said) if what == "read")
+    assert said[first_read - 1][2] <= entries[0].offset + 1000 + 3 * 200  # not all of it at once
+
+
+@pytest.mark.parametrize("slow", [True, False])
+def test_huge_pages_are_given_up_where_they_take_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slow: bool) -> None:
+    asked: list[bool] = []
+
+    def populate(memory: torch.Tensor, *, huge: bool = False) -> None:
+        asked.append(huge)
+        if huge and slow:
+            time.sleep(0.03)
+
+    monkeypatch.setattr(filling, "populate_pages", populate)
+    monkeypatch.setattr(filling, "_SMALL_PAGES_SECONDS", 1 / 4e9 if slow else 1e-6)  # seconds a byte that no machine needs
+    stored = torch.randn(1024, 8192, generator=torch.Generator().manual_seed(5)).bfloat16()
+    catalog = write(tmp_path, {"large": stored})
+    with Filler(catalog, Reader()) as filler:
+        made = filler.fill([wanted("large", stored, dtype=torch.float32)])["large"]
+    assert torch.equal(stored.float(), made)
+    assert 16 == len(asked)
+    assert asked[0] is True
+    assert sum(asked) <= filling.READERS if slow else all(asked)

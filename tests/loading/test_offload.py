@@ -200,11 +200,7 @@ def test_hooks_see_the_weights(tmp_path: Path, net: Net, way: str) -> None:
     assert torch.equal(net.stack.blocks[2].down.weight, seen[1])
 
 
-@pytest.mark.parametrize("how", ["on_network", "around"])
-def test_between_calls_nobody_gets_another_units_weights(
-    tmp_path: Path, net: Net, request: pytest.FixtureRequest, how: str
-) -> None:
-    request.getfixturevalue(how)
+def test_between_calls_nobody_gets_another_units_weights(tmp_path: Path, net: Net, in_slots: None) -> None:
     module = streamed(tmp_path)
     module(NET_IDS)
     assert all(parameter.is_meta for parameter in module.stack.blocks.parameters())
@@ -405,11 +401,7 @@ def test_a_step_of_training_on_paged_weights_is_kept(tmp_path: Path, net: Net) -
     assert torch.equal(net(NET_IDS), module(NET_IDS))
 
 
-@pytest.mark.parametrize("how", ["on_network", "around"])
-def test_gradients_through_weights_that_are_gone_are_refused(
-    tmp_path: Path, net: Net, request: pytest.FixtureRequest, how: str
-) -> None:
-    request.getfixturevalue(how)
+def test_gradients_through_weights_that_are_gone_are_refused(tmp_path: Path, net: Net, in_slots: None) -> None:
     module = streamed(tmp_path)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         gradients(module, torch.randn(2, WIDTH, requires_grad=True))

@@ -204,6 +204,7 @@ class Filler:
                     batch = next(waiting, None)
                 if batch is None:
                     return
+                self._populate(batch[0].into)  # more than one are small
                 counter.add(sum(piece.entry.nbytes for piece in self._bring(file, batch)))
 
         futures: set[Future[None]] = set()
@@ -229,9 +230,6 @@ class Filler:
     def _bring(self, file: TensorFileReader, batch: list[Piece]) -> Iterator[Piece]:
         """Read the pieces with one call, and cast them into their places; each is passed on when it is there."""
         first, last = batch[0].entry, batch[-1].entry
-        for piece in batch:
-            if piece.into.nbytes >= POPULATED_FROM_BYTES and piece.into.device.type == "cpu" and piece.into.is_contiguous():
-                self._populate(piece.into)
         if len(batch) == 1 and batch[0].cut is None and first.strides is None and _takes_bytes(first, batch[0].into):
             file.read(first.offset, batch[0].into.view(-1).view(torch.uint8))
             yield batch[0]
@@ -249,6 +247,8 @@ class Filler:
 
         Of a virtual machine's large free blocks some may be with its host, and to get those back takes ten times as long.
         """
+        if memory.nbytes < POPULATED_FROM_BYTES or memory.device.type != "cpu" or not memory.is_contiguous():
+            return
         large = self._lost_seconds < _LOST_SECONDS and memory.untyped_storage().nbytes() >= MAPPED_FROM_BYTES
         start = time.perf_counter()
         populate_pages(memory, huge=large)
@@ -284,19 +284,12 @@ def _batches(todo: Iterable[Piece]) -> Iterator[list[Piece]]:
 
 
 def _announced(todo: Sequence[Piece], file: TensorFileReader) -> Iterator[Piece]:
-    """The pieces, while the system is told to read those that come next."""
+    """The pieces, while the system is told of those that come next."""
     position = 0
-    for number, piece in enumerate(todo):
-        if position == number or todo[position - 1].entry.offset - piece.entry.offset < AHEAD_BYTES // 2:
-            start = stop = todo[position].entry.offset if position < len(todo) else 0
-            while position < len(todo) and todo[position].entry.offset < piece.entry.offset + AHEAD_BYTES:
-                following = todo[position].entry
-                if following.offset - stop > PIECE_BYTES:  # what lies between is not wanted
-                    file.announce(start, stop)
-                    start = following.offset
-                stop = following.offset + following.nbytes
-                position += 1
-            file.announce(start, stop)
+    for piece in todo:
+        while position < len(todo) and todo[position].entry.offset < piece.entry.offset + AHEAD_BYTES:
+            file.announce(todo[position].entry.offset, todo[position].entry.nbytes)
+            position += 1
         yield piece
 
 

@@ -24,7 +24,6 @@ from modelrig.components import TensorEntry, TensorFile
 from modelrig.errors import FileError
 
 READ_SIZE = 16 << 20
-ANNOUNCED_BYTES = 4 << 20  # of one hint the kernel heeds no more than its own read-ahead, often 8 MiB, sometimes 128 KiB
 _READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
 
 
@@ -72,11 +71,10 @@ class TensorFileReader:
             done += count
         return buffer
 
-    def announce(self, start: int, stop: int) -> None:
-        """Let the system begin to read these bytes of the file: a hint."""
+    def announce(self, offset: int, size: int) -> None:
+        """Let the system begin to read these bytes of the file: a hint, of which it heeds no more than its own read-ahead."""
         self._require_open()
-        for offset in range(start, stop, ANNOUNCED_BYTES) if hasattr(os, "posix_fadvise") else ():
-            os.posix_fadvise(self._descriptor, offset, min(ANNOUNCED_BYTES, stop - offset), os.POSIX_FADV_WILLNEED)
+        os.posix_fadvise(self._descriptor, offset, size, os.POSIX_FADV_WILLNEED)
 
     def read_around(self, offset: int, buffer: Tensor) -> None:
         """Like `read`, but past the page cache, which then has nothing to make room for.
@@ -228,7 +226,7 @@ def fetch_pages(tensor: Tensor) -> None:
 
 def populate_pages(tensor: Tensor, *, huge: bool = False) -> None:
     """Give memory that is about to be written its pages, with one call instead of a fault for each; a hint."""
-    if huge:
+    if huge:  # what shares the first or last huge page is advised as well, which only concerns pages it has not got yet
         first = tensor.data_ptr() // HUGE_PAGE * HUGE_PAGE
         _libc.madvise(first, -(-(tensor.data_ptr() + tensor.nbytes - first) // HUGE_PAGE) * HUGE_PAGE, mmap.MADV_HUGEPAGE)
     start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
