@@ -95,7 +95,10 @@ def _load(plan: Plan, progress: Callable[[int, int], None] | None) -> Model:
     from modelrig.generation.tokenizer import Tokenizer
     from modelrig.loading.fetch import fetch
     from modelrig.loading.materialise import materialise
+    from modelrig.loading.paging import MainMemory
     from modelrig.modules.decoder import BuildContext
+    from modelrig.planning.ledger import ACTIVATIONS, CACHE
+    from modelrig.planning.memory import asked_limit
     from modelrig.planning.placement_maps import resolve
 
     dtype, device = getattr(torch, plan.dtype), torch.device(plan.device)
@@ -118,6 +121,10 @@ def _load(plan: Plan, progress: Callable[[int, int], None] | None) -> Model:
             dtype=dtype,
             device=device,
             places=resolve(plan.device_map, (one.name for one in plan.facts.parameters)),
+            memory=MainMemory(
+                is_limited=asked_limit("cpu", plan.request) is not None,
+                reserved_bytes=sum(plan.ledger.bytes_of(what, "cpu", "run") for what in (CACHE, ACTIVATIONS)),
+            ),
             progress=progress,
         )
     return Model(plan, module, tokenizer, parts, filled)

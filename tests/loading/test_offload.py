@@ -64,13 +64,13 @@ def logits(model: modelrig.Model) -> list[torch.Tensor]:
     return [model(IDS), model(IDS), *steps]
 
 
-@pytest.mark.parametrize("way", ["paged", "cast", "on_network", "around", "cast in tiny pieces"])
+@pytest.mark.parametrize("way", ["kept", "dropped", "mixed", "cast", "on_network", "around", "cast in tiny pieces"])
 @pytest.mark.parametrize("which", ON_DISK)
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_a_rig_computes_the_same_from_the_disk(
     llama: Path, tied_llama: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tied: bool, which: str, way: str
 ) -> None:
-    if way in ("on_network", "around"):
+    if way in ("dropped", "mixed", "on_network", "around"):
         request.getfixturevalue(way)
     if way == "cast in tiny pieces":
         monkeypatch.setattr(pieces, "PIECE_BYTES", 1000)
@@ -81,7 +81,7 @@ def test_a_rig_computes_the_same_from_the_disk(
     device_map = "disk" if which == "everything" else {"": "cpu"} | dict.fromkeys(names, "disk")
     with modelrig.load(folder, dtype=dtype, device_map=device_map) as model:
         actual = logits(model)
-        assert (way == "paged") == (model._streamer.slot_bytes == 0)
+        assert way == "mixed" or (way in ("kept", "dropped")) == (model._streamer.slot_bytes == 0)
     for one, other in zip(expected, actual, strict=True):
         assert torch.equal(one, other)
 
@@ -119,7 +119,7 @@ def test_a_module_computes_the_same_from_the_disk(tmp_path: Path, net: Net, way:
     module = streamed(tmp_path, device_map=device_map)
     for _ in range(3):
         assert torch.equal(net(NET_IDS), module(NET_IDS))
-    assert (way != "paged") == (streamer_of(module).slot_bytes > 0)
+    assert (way in ("on_network", "around")) <= (streamer_of(module).slot_bytes > 0) <= (way not in ("kept", "dropped"))
 
 
 @torch.no_grad()
@@ -381,7 +381,7 @@ def gradients(net: nn.Module, leaf: torch.Tensor) -> torch.Tensor:
     return leaf.grad.clone()
 
 
-def test_gradients_go_through_paged_weights(tmp_path: Path, net: Net) -> None:
+def test_gradients_go_through_paged_weights(tmp_path: Path, net: Net, dropped: None) -> None:
     module = streamed(tmp_path)
     leaf = torch.randn(2, WIDTH, requires_grad=True)
     expected = gradients(net, leaf)
@@ -390,7 +390,7 @@ def test_gradients_go_through_paged_weights(tmp_path: Path, net: Net) -> None:
     assert torch.equal(net.stack.blocks[1].up.weight.grad, weight.grad)
 
 
-def test_a_step_of_training_on_paged_weights_is_kept(tmp_path: Path, net: Net) -> None:
+def test_a_step_of_training_on_paged_weights_is_kept(tmp_path: Path, net: Net, dropped: None) -> None:
     module = streamed(tmp_path)
     for one in (net, module):
         optimizer = torch.optim.SGD(one.parameters(), lr=1e-4)
@@ -413,6 +413,9 @@ def test_units_take_turns_in_two_slots_and_those_at_the_same_time_have_their_own
     tie = offload.Unit("tie", (), (outer.first, outer.second))
     whole = offload.Unit("whole", (), (outer,))
     apart = [offload.Unit(str(number), (), (Block(),)) for number in range(3)]
-    assert [0, 1, 0] == offload._turns(apart)
-    assert [0, 2, 1] == offload._turns([apart[0], offload.Unit("x", (), (outer,)), offload.Unit("y", (), (outer.third,))])
-    assert [2, 3, 4, 0] == offload._turns([one, tie, whole, offload.Unit("other", (), (other,))])
+    assert [0, 1, 0] == offload._turns(apart, [True] * 3)
+    assert [0, 0, 1] == offload._turns(apart, [False, True, True])
+    assert [0, 2, 1] == offload._turns(
+        [apart[0], offload.Unit("x", (), (outer,)), offload.Unit("y", (), (outer.third,))], [True] * 3
+    )
+    assert [2, 3, 4, 0] == offload._turns([one, tie, whole, offload.Unit("other", (), (other,))], [True] * 4)

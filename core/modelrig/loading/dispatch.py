@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from modelrig.checkpoint.mapping import Rule
 from modelrig.errors import RequestError, nearest, quoted
-from modelrig.loading.filling import Filler, Wanted, has_room_to_cache
+from modelrig.loading.filling import Filler, Wanted
 from modelrig.loading.frames import forgets_frames
 from modelrig.loading.into_module import (
     CPU,
@@ -36,9 +36,11 @@ from modelrig.loading.into_module import (
     wanted_tensors,
 )
 from modelrig.loading.offload import Streamer, Unit
+from modelrig.loading.paging import MainMemory
 from modelrig.loading.progress import ProgressChoice, progress_bar
+from modelrig.planning.memory import asked_limit
 from modelrig.planning.placement import Placed, Weight, placement_of_module
-from modelrig.planning.places import devices_of_machine
+from modelrig.planning.places import devices_of_machine, request_of_limits
 from modelrig.planning.units import DISK
 
 #: modules of torch that use the weights of their children without calling them
@@ -88,10 +90,11 @@ def load_and_dispatch(
     # a tensor with memory that goes to the disk is not filled in place: its memory is what the disk is to save
     wanted = {name: evolve(one, buffer=None) if name in streamed else one for name, one in wanted.items()}
     on_disk = {name for name in wanted if placed.where[name] == DISK}
-    pages = not on_disk or has_room_to_cache(wanted.values())
+    memory = MainMemory(is_limited=asked_limit("cpu", request_of_limits(max_memory)) is not None)
+    has_room = not on_disk or memory.can_cache(wanted.values())
     with ExitStack() as stack:
         filler = stack.enter_context(Filler(opened.catalog, opened.reader))
-        resident = [(name, evolve(one, may_view=pages)) for name, one in wanted.items() if name not in on_disk]
+        resident = [(name, evolve(one, may_view=has_room)) for name, one in wanted.items() if name not in on_disk]
         now = [evolve(one, device=CPU) if name in streamed else one for name, one in resident]
         with progress_bar("loading", progress) as report:
             tensors = filler.fill(now, report)
@@ -104,7 +107,7 @@ def load_and_dispatch(
             wanted.update(entries)
             held = {name: tensors.pop(name) for name in streamed & wanted.keys() - on_disk}
             units = streaming_units(module, matched, {name: wanted[name] for name in streamed & wanted.keys()}, blocks, held)
-            streamer = Streamer(units, paging, main, pages=pages)
+            streamer = Streamer(memory.paged(units, has_room=has_room), paging, main)
             stack.callback(streamer.close)
             tensors.update(streamer.tensors)
         assign(matched, tensors, states)

@@ -28,7 +28,6 @@ from modelrig.errors import LoadError
 from modelrig.loading.pieces import PIECE_BYTES, Piece, is_whole, pieces
 from modelrig.loading.progress import Progress
 from modelrig.loading.transport import TensorFileReader, allocate_pages, check_unchanged, populate_pages
-from modelrig.planning.environment import read_environment
 
 if TYPE_CHECKING:
     from modelrig.components import TensorFile
@@ -299,12 +298,6 @@ def _copy(values: Tensor, into: Tensor) -> None:
         torch._foreach_copy_(torch.split(into, _SERIAL), torch.split(values, _SERIAL))
     else:
         into.copy_(values)
-
-
-def has_room_to_cache(wanted: Iterable[Wanted]) -> bool:
-    """Whether main memory can hold all of these, and so keep the files of those that are streamed in the page cache."""
-    available = read_environment().available_bytes("cpu")
-    return available is None or sum(math.prod(one.shape) * one.dtype.itemsize for one in wanted) <= available
 
 
 def num_readers(file: TensorFileReader) -> int:

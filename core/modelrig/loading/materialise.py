@@ -17,8 +17,9 @@ from torch import nn
 
 from modelrig.components import Catalog, FormatReader, LinearMaker, ModelFacts, Parameter
 from modelrig.errors import LoadError, PluginError
-from modelrig.loading.filling import Filler, Wanted, has_room_to_cache
+from modelrig.loading.filling import Filler, Wanted
 from modelrig.loading.offload import Streamer, Unit
+from modelrig.loading.paging import UNLIMITED, MainMemory
 from modelrig.loading.progress import Progress
 
 DISK = "disk"
@@ -52,6 +53,7 @@ def materialise(
     dtype: torch.dtype,
     device: torch.device,
     places: Mapping[str, str] | None = None,
+    memory: MainMemory = UNLIMITED,
     progress: Progress | None = None,
 ) -> Filled:
     """Give every parameter its data.
@@ -59,6 +61,7 @@ def materialise(
     Args:
         device: where the model computes.
         places: parameter → device, or `"disk"`; everything on `device` by default.
+        memory: what the disk tier may use of main memory.
 
     Raises:
         LoadError: LD-DTYPE for a stored dtype that is no weight, LD-META if a parameter got no data.
@@ -72,12 +75,12 @@ def materialise(
         _require_shape(module, one, facts.architecture)
     on_disk = {name for name in wanted if places.get(name) == DISK}
     elsewhere = {name for name in wanted if name not in on_disk and _is_held(places.get(name), device)}
-    pages = not on_disk or has_room_to_cache(wanted.values())
+    has_room = not on_disk or memory.can_cache(wanted.values())
     with ExitStack() as stack:
         filler = stack.enter_context(Filler(catalog, reader))
         now = [
             # pages of a mapped file would make room for what streams past them
-            evolve(one, device=torch.device("cpu") if name in elsewhere else device, may_view=pages)
+            evolve(one, device=torch.device("cpu") if name in elsewhere else device, may_view=has_room)
             for name, one in wanted.items()
             if name not in on_disk
         ]
@@ -87,7 +90,7 @@ def materialise(
         if on_disk or elsewhere:
             paging = stack.enter_context(Filler(catalog, reader, keep_open=True))
             units = _units(module, facts, wanted, on_disk, {name: tensors[name] for name in elsewhere})
-            streamer = Streamer(units, paging, device, pages=pages)
+            streamer = Streamer(memory.paged(units, has_room=has_room), paging, device)
             stack.callback(streamer.close)
             tensors.update(streamer.tensors)
         for name, tensor in tensors.items():

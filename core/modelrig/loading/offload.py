@@ -1,10 +1,10 @@
 """Weights that do not stay in memory: each unit of them is brought just before it computes, while the one before it does.
 
 A unit is a block, or a module with parameters of its own. What can be viewed in its mapped file is: its pages are asked for ahead
-(`MADV_POPULATE_READ`) and dropped afterwards, so that nothing is copied and a file that the page cache holds is used at the speed
-of memory (benchmarks/LOG.md). Where memory has no room to cache the files, they are read around the page cache into slots instead:
-fixed buffers that units take turns in. Everything else, cast weights, files on a network, GPUs, goes through slots too. A parameter
-is the same tensor throughout, so kernels may close over it.
+(`MADV_POPULATE_READ`), so that nothing is copied and a file that the page cache holds is used at the speed of memory
+(benchmarks/LOG.md). Whether they stay or are dropped afterwards is decided in `paging`. Units that memory has no room to cache are
+read around the page cache into slots instead: fixed buffers that units take turns in. Everything else, cast weights, files on a
+network, GPUs, goes through slots too. A parameter is the same tensor throughout, so kernels may close over it.
 
 The order of units is learned: after each, what came next the last time is fetched.
 
@@ -31,12 +31,12 @@ from torch import Tensor, nn
 
 from modelrig.errors import LoadError
 from modelrig.loading.filling import READERS_ON_NETWORK, Filler, Wanted, num_readers
+from modelrig.loading.paging import SLOTS, Paging
 from modelrig.loading.pieces import Piece, pieces
 from modelrig.loading.ring import PinnedRing
 from modelrig.loading.runs import Laid, lay_out_runs
 from modelrig.loading.transport import allocate_pages, drop_pages, fetch_pages
 
-SLOTS = 2  # one computes, one is filled
 ALIGNMENT = 64  # bytes, of each tensor in a slot
 DIRECT_BYTES = 16 << 20  # read around the page cache at a time: smaller ones leave the disk idle in between
 DIRECT_READERS = 2
@@ -52,6 +52,7 @@ class Unit:
         sites: the modules during whose forward they must be there.
         gathered: names of those that are looked up by rows, of which fetching all would be a waste.
         held: those that lie in main memory already (a tier for GPUs), by name.
+        paging: what becomes of what can be viewed in its mapped file.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Unit:
     sites: tuple[nn.Module, ...]
     gathered: frozenset[str] = frozenset()
     held: Mapping[str, Tensor] = field(factory=dict)
+    paging: Paging = Paging.DROPPED
 
 
 @frozen(eq=False)
@@ -91,6 +93,11 @@ class _State:
     def is_slotted(self) -> bool:
         return bool(self.pieces or self.copies or self.runs)
 
+    @property
+    def is_dropped(self) -> bool:
+        """Whether it is fetched for each use, though in no slot."""
+        return not self.is_slotted and self.unit.paging is not Paging.KEPT
+
 
 class Streamer:
     """Brings units to where they compute. `tensors` are the parameters; `close` ends its threads and closes files.
@@ -100,21 +107,25 @@ class Streamer:
         LoadError: LD-STREAM for a unit whose turn can never come.
     """
 
-    def __init__(self, units: Sequence[Unit], filler: Filler, device: torch.device, *, pages: bool = True) -> None:
-        """`pages` says whether views of mapped files are used where they serve; else they are read around the page cache."""
-        self.filler, self.device, self.pages = filler, device, pages
+    def __init__(self, units: Sequence[Unit], filler: Filler, device: torch.device) -> None:
+        self.filler, self.device = filler, device
         self.tensors: dict[str, Tensor] = {}
         self.slot_bytes = 0
-        self._states = [_State(unit, slot) for unit, slot in zip(units, _turns(units), strict=True)]
+        viewed = [self._viewed(unit) for unit in units]
+        turns = _turns(units, [len(views) < len(unit.wanted) for unit, (views, _) in zip(units, viewed, strict=True)])
+        self._states = [_State(unit, slot) for unit, slot in zip(units, turns, strict=True)]
         # Weights travel to a GPU on a stream of their own, while it computes on others.
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._ring: PinnedRing | None = None
-        self._place()
+        self._place(viewed)
         self._filled: list[_State | None] = [None] * (1 + max((state.slot for state in self._states), default=0))
         self._next: dict[int, int] = {}
         self._sites: list[_State] = []
         self._last: int | None = None
         self._fetched: dict[int, _State] = {}  # those whose pages were asked for and not yet let go, by id
+        # Units that stay compute without a wait: the disk is not to be idle meanwhile.
+        slotted = sum(state.is_slotted for state in self._states)
+        self._passed_over = len(self._states) - slotted if slotted else 0
         self._is_closed = False
         self._turn = threading.Condition()
         self._fetcher = ThreadPoolExecutor(1, thread_name_prefix="modelrig-offload")
@@ -122,32 +133,38 @@ class Streamer:
 
     # ------------------------------------------------------------------------------------------ set up
 
-    def _place(self) -> None:
-        """Views where they serve; the rest gets a place in its unit's slot."""
+    def _viewed(self, unit: Unit) -> tuple[dict[str, Tensor], list[Wanted]]:
+        """What is used as it lies in its mapped file, and what could be but is read around the page cache."""
+        views, around = {}, []
+        for one in unit.wanted:
+            view = None if one.name in unit.held else self.filler.view(one)
+            if view is None:
+                continue
+            if unit.paging is Paging.AROUND and view.numel() and one.name not in unit.gathered:
+                around.append(one)
+            else:
+                views[one.name] = view
+        return views, around
+
+    def _place(self, viewed: Sequence[tuple[dict[str, Tensor], list[Wanted]]]) -> None:
+        """Each tensor that is no view gets a place in its unit's slot."""
         places: list[tuple[_State, Wanted, int]] = []
         runs: list[tuple[_State, list[Laid]]] = []
         sizes = [0] * (1 + max((state.slot for state in self._states), default=0))
-        for state in self._states:
+        for state, (views, around) in zip(self._states, viewed, strict=True):
+            self.tensors.update(views)
             offset = 0
-            paged, dropped, direct = [], [], []
             for one in state.unit.wanted:
-                view = None if one.name in state.unit.held else self.filler.view(one)
-                if view is not None and view.numel() and not self.pages and one.name not in state.unit.gathered:
-                    direct.append(one)
-                    continue
-                if view is not None:
-                    self.tensors[one.name] = view
-                    dropped.append(view)
-                    if one.name not in state.unit.gathered:
-                        paged.append(view)
+                if one.name in views or one in around:
                     continue
                 places.append((state, one, offset))
                 count = one.dtype.itemsize
                 for size in one.shape:
                     count *= size
                 offset += -(-count // ALIGNMENT) * ALIGNMENT
-            state.paged, state.dropped = _merged(paged), _merged(dropped)
-            laid, offset = lay_out_runs([(one, self.filler.catalog.entries[one.sources[0].name]) for one in direct], offset)
+            state.paged = _merged([view for name, view in views.items() if name not in state.unit.gathered])
+            state.dropped = () if state.unit.paging is Paging.KEPT else _merged([*views.values()])
+            laid, offset = lay_out_runs([(one, self.filler.catalog.entries[one.sources[0].name]) for one in around], offset)
             runs.append((state, laid))
             sizes[state.slot] = max(sizes[state.slot], offset)
         self.slot_bytes = sum(sizes)
@@ -269,7 +286,7 @@ class Streamer:
                     place[leaf] = empty
             if self.device.type == "cuda":
                 state.used = torch.cuda.current_stream(self.device).record_event()
-            if not state.users and not state.is_slotted and len(self._states) > SLOTS:
+            if not state.users and state.is_dropped and len(self._states) > SLOTS:
                 self._let_go(state)
             self._look_ahead(site)
             self._turn.notify_all()
@@ -288,8 +305,13 @@ class Streamer:
             for state in [*self._fetched.values()]:
                 if state is not following and not state.users:
                     self._let_go(state)
-        if self._may_take_slot(following):
-            self._ask(following)
+        for _ in range(1 + self._passed_over):
+            if self._may_take_slot(following):
+                self._ask(following)
+            if following.is_slotted or following.is_dropped:
+                break
+            site = self._next[site]
+            following = self._sites[self._next[site]]
 
     def _may_take_slot(self, state: _State) -> bool:
         holder = self._filled[state.slot] if state.is_slotted else None
@@ -304,7 +326,7 @@ class Streamer:
                 if holder is not None and holder is not state:
                     busy = holder.used
                     self._let_go(holder)
-            else:
+            elif state.is_dropped:
                 self._fetched[id(state)] = state
             state.ready = self._fetcher.submit(self._fetch, state, busy)
         return state.ready
@@ -385,19 +407,19 @@ class _Call:
         return self.__deepcopy__(None)
 
 
-def _turns(units: Sequence[Unit]) -> list[int]:
-    """The slot of each unit: two in turn, and one of its own for a unit that is in use while others are, those of modules inside
-    its own or of the same module."""
+def _turns(units: Sequence[Unit], need_slot: Sequence[bool]) -> list[int]:
+    """The slot of each unit: two in turn for those that need one, and one of its own for a unit that is in use while others are,
+    those of modules inside its own or of the same module."""
     uses = Counter(site for unit in units for site in unit.sites)
     found, turn, own = [], 0, SLOTS
-    for unit in units:
+    for unit, needs_slot in zip(units, need_slot, strict=True):
         inside = {part for site in unit.sites for part in site.modules()} - set(unit.sites)
         if not inside.isdisjoint(uses) or any(uses[site] > 1 for site in unit.sites):
             found.append(own)
             own += 1
         else:
             found.append(turn)
-            turn = (turn + 1) % SLOTS
+            turn = (turn + needs_slot) % SLOTS
     return found
 
 

@@ -73,6 +73,10 @@ class Ledger:
         """Bytes at `moment`, on `device` or on all."""
         return sum(line.bytes for line in self.lines if line.moment == moment and device in (None, line.device))
 
+    def bytes_of(self, what: str, device: str, moment: str) -> int:
+        """Bytes of one item."""
+        return sum(one.bytes for one in self.lines if (one.what, one.device, one.moment) == (what, device, moment))
+
     def peak(self, device: str, *, with_mapped: bool, with_copies: bool | None = None) -> int:
         """The most bytes `device` needs at any moment, with or without what it can do without.
 

@@ -32,9 +32,14 @@ class Limit:
     counts_mapped: bool
 
 
+def asked_limit(device: str, request: Request) -> int | None:
+    """What `max_memory` says of `device`, in bytes."""
+    return request.max_memory.get(device, None if device == DISK else request.max_memory.get(""))
+
+
 def limits(device: str, request: Request, environment: Environment) -> Iterator[Limit]:
     """Every limit that holds for `device`."""
-    asked = request.max_memory.get(device, None if device == DISK else request.max_memory.get(""))
+    asked = asked_limit(device, request)
     if asked is not None:
         yield Limit(bytes=asked, why=f"max_memory by {request.origin('max_memory')}", counts_mapped=True)
     available = environment.available_bytes(device)

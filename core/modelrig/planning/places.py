@@ -78,12 +78,16 @@ def tiers(request: Request, environment: Environment, *, gpus: bool = True) -> t
 
 def devices_of_machine(max_memory: Any = None, environment: Environment | None = None) -> tuple[Device, ...]:
     """`tiers` for callers without a request: `max_memory` as a request has it. Raises `RequestError` (RQ-VALUE)."""
+    return tiers(request_of_limits(max_memory), environment or read_environment())
+
+
+def request_of_limits(max_memory: Any) -> Request:
+    """A request of nothing but this `max_memory`. Raises `RequestError` (RQ-VALUE)."""
     try:
-        limits_asked = {} if max_memory is None else values.max_memory(max_memory)
+        asked = {} if max_memory is None else values.max_memory(max_memory)
     except ValueError as error:
         raise RequestError("RQ-VALUE", str(error), locus="max_memory") from error
-    request = Request(max_memory=limits_asked, origins={"max_memory": ARGUMENT})
-    return tiers(request, environment or read_environment())
+    return Request(max_memory=asked, origins={"max_memory": ARGUMENT})
 
 
 def _require(devices: Sequence[str], request: Request, environment: Environment, spelt: str | None = None) -> None:

@@ -1,0 +1,97 @@
+"""What becomes of the pages of the disk tier's files, by what main memory has room for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from attrs import evolve
+from torch import nn
+
+import modelrig
+from modelrig.loading import paging
+from modelrig.loading.filling import Wanted
+from modelrig.loading.offload import Unit
+from modelrig.loading.paging import MainMemory, Paging
+from modelrig.planning.environment import read_environment
+from residue import resident_bytes
+from streamed import WIDE, Wide, streamed, streamer_of
+
+MIB = 1 << 20
+CPU = torch.device("cpu")
+
+
+def units(*sizes: int) -> list[Unit]:
+    return [Unit(str(size), (Wanted(str(size), (size, 2), torch.bfloat16, CPU, ()),), (nn.Module(),)) for size in sizes]
+
+
+@pytest.fixture
+def free(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    environment = read_environment()
+    memory = evolve(environment.memory, available_bytes=request.param)
+    monkeypatch.setattr(paging, "read_environment", lambda: evolve(environment, memory=memory))
+
+
+def ways(memory: MainMemory, *sizes: int, has_room: bool = False) -> str:
+    return "".join(unit.paging.value[0] for unit in memory.paged(units(*sizes), has_room=has_room))
+
+
+@pytest.mark.parametrize("free", [4000], indirect=True)
+def test_what_fits_is_cached_beside_what_is_reserved(free: None) -> None:
+    [half, other] = [unit.wanted[0] for unit in units(500, 500)]  # 2,000 bytes each
+    assert MainMemory().can_cache([half, other])
+    assert not MainMemory(reserved_bytes=1).can_cache([half, other])
+    assert MainMemory(reserved_bytes=2000).can_cache([half])
+
+
+def test_with_room_pages_stay_unless_there_is_a_max_memory() -> None:
+    assert "kkk" == ways(MainMemory(), 5, 5, 5, has_room=True)
+    assert "ddd" == ways(MainMemory(is_limited=True), 5, 5, 5, has_room=True)
+    assert "aaa" == ways(MainMemory(is_limited=True), 5, 5, 5)
+
+
+@pytest.mark.parametrize(
+    ("free", "expected"),
+    [
+        (0, "aaaaaaaa"),
+        (12_000, "aaaaaaaa"),  # two slots of 4,000 bytes, and 95 % of the rest is less than one unit
+        (12_300, "kaaaaaaa"),
+        (16_500, "kaaakaaa"),
+        (20_700, "kakaakaa"),
+        (24_900, "kakakaka"),
+        (200_000, "kkkkkkkk"),
+    ],
+    indirect=["free"],
+)
+def test_as_many_stay_as_there_is_room_for_in_equal_distances(free: None, expected: str) -> None:
+    assert expected == ways(MainMemory(), *[1000] * 8)
+    assert "a" * 8 == ways(MainMemory(is_limited=True), *[1000] * 8)
+    assert "a" * 8 == ways(MainMemory(reserved_bytes=200_000), *[1000] * 8)
+
+
+@torch.no_grad()
+def test_without_a_limit_what_was_used_stays(wide_folder: Path) -> None:
+    module = streamed(wide_folder, Wide)
+    before = resident_bytes("RssFile")
+    x = torch.ones(1, WIDE)
+    expected = module(x)
+    assert resident_bytes("RssFile") - before > 15 * 8 * MIB
+    assert torch.equal(expected, module(x))
+    assert 0 == streamer_of(module).slot_bytes
+
+
+@torch.no_grad()
+def test_some_stay_and_the_rest_takes_turns(wide_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = Wide()
+    modelrig.load_checkpoint(whole, wide_folder)
+    environment = read_environment()
+    room = evolve(environment.memory, available_bytes=60 * MIB)  # of 128
+    monkeypatch.setattr(paging, "read_environment", lambda: evolve(environment, memory=room))
+    module = streamed(wide_folder, Wide)
+    streamer = streamer_of(module)
+    assert [unit.unit.paging for unit in streamer._states].count(Paging.KEPT) in range(3, 6)
+    assert 16 * MIB <= streamer.slot_bytes < 17 * MIB
+    x = torch.randn(3, WIDE)
+    for _ in range(3):
+        assert torch.equal(whole.eval()(x), module(x))
