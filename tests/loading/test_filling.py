@@ -139,18 +139,35 @@ def test_the_callers_modes_reach_no_tensor(tmp_path: Path, dtype: torch.dtype) -
     made["matrix"].requires_grad_().sum().backward()  # and they can be trained
 
 
-def test_one_stored_tensor_may_fill_several(tmp_path: Path, tiny_pieces: None) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_one_stored_tensor_may_fill_several(tmp_path: Path, tiny_pieces: None, dtype: torch.dtype) -> None:
     stored = STORED["matrix"]
     top = Part("matrix", (37, 53), taken=((0, 20), (0, 53)))
     rest = Part("matrix", (37, 53), taken=((20, 37), (0, 53)))
     calls: list[tuple[int, int]] = []
     with Filler(write(tmp_path, STORED), Reader()) as filler:
         made = filler.fill(
-            [wanted("top", stored[:20], top), wanted("rest", stored[20:], rest)], lambda done, total: calls.append((done, total))
+            [wanted("top", stored[:20], top, dtype=dtype), wanted("rest", stored[20:], rest, dtype=dtype)],
+            lambda done, total: calls.append((done, total)),
         )
-        assert stored.nbytes == filler.tally.copied_bytes
-    assert same(stored[:20], made["top"]) and same(stored[20:], made["rest"])
+        mapped = stored.nbytes if dtype == stored.dtype else 0  # rows lie one after the other
+        assert (mapped, stored.nbytes - mapped) == (filler.tally.mapped_bytes, filler.tally.copied_bytes)
+    assert same(stored[:20].to(dtype), made["top"]) and same(stored[20:].to(dtype), made["rest"])
     assert (stored.nbytes, stored.nbytes) == calls[-1]
+
+
+def test_tensors_of_the_same_bytes_share_no_memory(tmp_path: Path) -> None:
+    stored = STORED["matrix"]
+    regions = {"rows": (3, 20), "the same": (3, 20), "some of them": (19, 21), "others": (20, 30), "all": (0, 37)}
+    parts = {name: Part("matrix", (37, 53), taken=(rows, (0, 53))) for name, rows in regions.items()}
+    with Filler(write(tmp_path, STORED), Reader()) as filler:
+        made = filler.fill([wanted(name, stored[slice(*regions[name])], part) for name, part in parts.items()])
+        assert (17 + 10) * 53 * 4 == filler.tally.mapped_bytes
+    for name, tensor in made.items():
+        tensor.zero_()
+        for other in made.keys() - {name}:
+            assert same(stored[slice(*regions[other])], made[other]), (name, other)
+        tensor.copy_(stored[slice(*regions[name])])
 
 
 def test_what_is_made_of_nothing_is_there(tmp_path: Path) -> None:

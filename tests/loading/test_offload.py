@@ -19,9 +19,10 @@ from torch import nn
 
 import modelrig
 from checkpoints import write_llama
+from modelrig.checkpoint.mapping import Split
 from modelrig.errors import LoadError
 from modelrig.loading import filling, offload, pieces, transport
-from streamed import NET_IDS, WIDTH, Block, Boom, Net, nothing, raising, saved, streamed, streamer_of
+from streamed import NET_IDS, WIDE, WIDTH, Block, Boom, Net, Wide, nothing, raising, saved, streamed, streamer_of
 
 LAYERS = 5
 IDS = [[5, 17, 80, 3, 44], [1, 2, 3, 4, 5]]
@@ -341,6 +342,20 @@ def test_blocks_that_share_a_tensor_have_it_both(tmp_path: Path, way: str) -> No
     x = torch.randn(3, WIDTH)
     for _ in range(3):
         assert torch.equal(outer(x), module(x))
+
+
+@torch.no_grad()
+def test_what_is_stored_as_one_is_streamed_apart(tmp_path: Path, way: str) -> None:
+    wide = Wide(3).eval()
+    both = {f"blocks.{number}.both": torch.cat([block.up.weight, block.down.weight]) for number, block in enumerate(wide.blocks)}
+    rest = {name: tensor for name, tensor in wide.state_dict().items() if not name.endswith(".weight")}
+    save_file(both | rest, tmp_path / "model.safetensors")
+    rule = Split("{*block}.both", ["{*block}.up.weight", "{*block}.down.weight"])
+    module = streamed(tmp_path, lambda: Wide(3), mapping=[rule])
+    x = torch.randn(2, WIDE)
+    for _ in range(3):
+        assert torch.equal(wide(x), module(x))
+    assert (way in ("kept", "dropped")) == (0 == streamer_of(module).slot_bytes)
 
 
 class Crossed(nn.Module):

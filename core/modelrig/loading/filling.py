@@ -23,10 +23,11 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-from modelrig.components import DTYPE_BITS, Catalog, FormatReader, Part, TensorEntry
+from modelrig.components import DTYPE_BITS, Catalog, FormatReader, Part, Region, TensorEntry
 from modelrig.errors import LoadError
-from modelrig.loading.pieces import PIECE_BYTES, Piece, is_whole, pieces
+from modelrig.loading.pieces import PIECE_BYTES, Piece, pieces, run_of
 from modelrig.loading.progress import Progress
+from modelrig.loading.stitching import allocate_to_stitch, stitch
 from modelrig.loading.transport import TensorFileReader, allocate_pages, check_unchanged, populate_pages
 
 if TYPE_CHECKING:
@@ -122,33 +123,46 @@ class Filler:
         jobs.sort(key=lambda job: (job[0].file, job[0].offset))
         counter = _Counter(sum(_taken_bytes(entry, part) for entry, part, _ in jobs), progress)
         mapped = 0
-        viewed: set[tuple[int, int]] = set()
+        viewed: dict[tuple[int, int], list[Region | None]] = {}
+        to_stitch: set[str] = set()
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))  # tensors outlive the mode of whoever asks for them
             pool: ThreadPoolExecutor | None = None
             for number, group in _by_file(jobs):
-                todo: list[tuple[TensorEntry, Part, Tensor]] = []
+                todo: list[Piece] = []
                 for entry, part, one in group:
                     view = self._view(number, entry, part, one)
-                    if view is not None and (number, entry.offset) not in viewed:  # two tensors share no memory
-                        viewed.add((number, entry.offset if entry.nbytes else -1))
-                        tensors[one.name] = view
-                        mapped += entry.nbytes
-                        counter.add(entry.nbytes)
-                        counter.report()
-                        continue
+                    if view is not None:
+                        others = viewed.setdefault((number, entry.offset if entry.nbytes else -1), [])
+                        if not any(_overlap(part.taken, taken) for taken in others):  # two tensors share no memory
+                            others.append(part.taken)
+                            tensors[one.name] = view
+                            mapped += view.nbytes
+                            counter.add(view.nbytes)
+                            counter.report()
+                            continue
                     if one.name not in tensors:
-                        tensors[one.name] = one.buffer if one.buffer is not None else _allocate(one)
-                    todo.append((entry, part, tensors[one.name]))
+                        stitched = allocate_to_stitch(one, entries)
+                        if stitched is not None:
+                            to_stitch.add(one.name)
+                        tensors[one.name] = stitched if stitched is not None else _allocate(one)
+                    tensor = tensors[one.name]
+                    edges = stitch(self.file(number), entry, part, one, tensor) if one.name in to_stitch else None
+                    if edges is not None:
+                        bytes_here = entry.nbytes - sum(edge.entry.nbytes for edge in edges)
+                        mapped += bytes_here
+                        counter.add(bytes_here)
+                        counter.report()
+                    todo += pieces(entry, part, tensor) if edges is None else edges
                 if todo and pool is None:
                     pool = stack.enter_context(ThreadPoolExecutor(READERS_ON_NETWORK, thread_name_prefix="modelrig-read"))
                 if todo and pool is not None:
-                    self._run(pool, self.file(number), list(self._pieces(todo)), counter)
+                    self._run(pool, self.file(number), todo, counter)
                 if not self.keep_open and number in self._files:
                     self._files.pop(number).close()
             for one in wanted:  # made of nothing, such as a stack of no tensors
                 if one.name not in tensors:
-                    tensors[one.name] = one.buffer if one.buffer is not None else _allocate(one)
+                    tensors[one.name] = _allocate(one)
         self.tally = Tally(self.tally.mapped_bytes + mapped, self.tally.copied_bytes + counter.done - mapped)
         return tensors
 
@@ -170,20 +184,16 @@ class Filler:
             and stored == one.dtype
             and one.device.type == "cpu"
             and entry.strides is None
-            and is_whole(part)
             and entry.offset % stored.itemsize == 0
         )
-        data = self.file(number).view(entry) if serves else None
-        if data is None:
+        run = run_of(entry, part, one.shape) if serves else None
+        data = None if run is None else self.file(number).view(run)
+        if run is None or data is None:
             return None
-        tensor = self.reader.decode(data, entry)
+        tensor = self.reader.decode(data, run)
         return tensor if entry.nbytes == 0 or tensor.data_ptr() == data.data_ptr() else None  # else decoding copied it
 
     # ------------------------------------------------------------------------------------------ pieces
-
-    def _pieces(self, jobs: Iterable[tuple[TensorEntry, Part, Tensor]]) -> Iterator[Piece]:
-        for entry, part, tensor in jobs:
-            yield from pieces(entry, part, tensor)
 
     def _run(self, pool: ThreadPoolExecutor, file: TensorFileReader, todo: list[Piece], counter: _Counter) -> None:
         """Bring all pieces of one file to their places, several at a time."""
@@ -332,6 +342,8 @@ def _takes_bytes(entry: TensorEntry, into: Tensor) -> bool:
 
 
 def _allocate(one: Wanted) -> Tensor:
+    if one.buffer is not None:
+        return one.buffer
     size = math.prod(one.shape) * one.dtype.itemsize
     if one.device.type == "cpu" and size >= MAPPED_FROM_BYTES:  # malloc may keep what is freed
         return allocate_pages(size).view(one.dtype).view(one.shape)
@@ -346,6 +358,13 @@ def _taken_bytes(entry: TensorEntry, part: Part) -> int:
     for start, stop in part.taken:
         count *= stop - start
     return (count * DTYPE_BITS[entry.dtype] + 7) // 8
+
+
+def _overlap(one: Region | None, other: Region | None) -> bool:
+    """Whether two regions of a tensor have an element in common; None is all of it."""
+    if one is None or other is None:
+        return True
+    return all(start < end and begin < stop for (start, stop), (begin, end) in zip(one, other, strict=True))
 
 
 Job = tuple[TensorEntry, Part, Wanted]

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from modelrig.errors import LoadError
 from modelrig.loading.filling import READERS_ON_NETWORK, Filler, Wanted, num_readers
 from modelrig.loading.paging import SLOTS, Paging
-from modelrig.loading.pieces import Piece, pieces
+from modelrig.loading.pieces import Piece, is_whole, pieces
 from modelrig.loading.ring import PinnedRing
 from modelrig.loading.runs import Laid, lay_out_runs
 from modelrig.loading.transport import allocate_pages, drop_pages, fetch_pages
@@ -140,10 +140,10 @@ class Streamer:
             view = None if one.name in unit.held else self.filler.view(one)
             if view is None:
                 continue
-            if unit.paging is Paging.AROUND and view.numel() and one.name not in unit.gathered:
-                around.append(one)
-            else:
+            if unit.paging is not Paging.AROUND or not view.numel() or one.name in unit.gathered:
                 views[one.name] = view
+            elif is_whole(one.sources[0]):
+                around.append(one)
         return views, around
 
     def _place(self, viewed: Sequence[tuple[dict[str, Tensor], list[Wanted]]]) -> None:

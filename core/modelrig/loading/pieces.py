@@ -44,6 +44,28 @@ def is_whole(part: Part) -> bool:
     return part.taken is None and part.axes is None and part.order is None and part.into is None
 
 
+def consecutive(shape: tuple[int, ...], region: Region) -> int | None:
+    """The first element of a region whose elements lie one after the other in a tensor of this shape; None where they do not."""
+    first, stride, is_cut = 0, 1, False
+    for size, (start, stop) in zip(reversed(shape), reversed(region), strict=True):
+        if is_cut and stop - start != 1:
+            return None
+        is_cut |= stop - start != size
+        first += start * stride
+        stride *= size
+    return first
+
+
+def run_of(entry: TensorEntry, part: Part, shape: tuple[int, ...]) -> TensorEntry | None:
+    """The bytes of `entry` that are, as they are stored, all of a tensor of this shape; None where there is no such run."""
+    if is_whole(part):
+        return entry
+    if part.order is not None or (part.into is not None and part.into != tuple((0, size) for size in shape)):
+        return None
+    first = 0 if part.taken is None else consecutive(entry.shape, part.taken)
+    return None if first is None else evolve(_run(entry, first, prod(shape), DTYPE_BITS[entry.dtype]), shape=shape)
+
+
 def destination(tensor: Tensor, part: Part) -> Tensor:
     """The view of `tensor` that takes the elements of `part` in the order in which they are stored."""
     view = tensor if part.into is None else tensor[tuple(slice(start, stop) for start, stop in part.into)]

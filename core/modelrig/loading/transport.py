@@ -12,6 +12,8 @@ import mmap
 import os
 import threading
 import weakref
+from functools import cache
+from pathlib import Path
 from types import TracebackType
 
 import numpy as np
@@ -24,6 +26,7 @@ from modelrig.components import TensorEntry, TensorFile
 from modelrig.errors import FileError
 
 READ_SIZE = 16 << 20
+_FIXED = 0x10  # MAP_FIXED, the same on all architectures that torch is built for
 _READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
 
 
@@ -140,6 +143,20 @@ class TensorFileReader:
             self._closing()
             self._descriptor = -1
 
+    def map_at(self, address: int, offset: int, size: int) -> bool:
+        """Replace the pages at `address` by copy-on-write ones of the file; False where files are not mapped."""
+        if not self._can_map or not size:
+            return False
+        self._require_open()
+        if os.fstat(self._descriptor).st_size < offset + size:
+            raise _changed(self.file)
+        flags = mmap.MAP_PRIVATE | _FIXED
+        if _libc.mmap(address, size, _READ_WRITE, flags, self._descriptor, offset) == address:
+            return True
+        if _libc.mmap(address, size, _READ_WRITE, flags | mmap.MAP_ANONYMOUS, -1, 0) != address:  # it may have left a hole
+            raise MemoryError(f"{size:,} bytes of memory cannot be mapped again")
+        return False
+
     def _map(self) -> None:
         if os.fstat(self._descriptor).st_size < self.file.size:  # it has become shorter
             raise _changed(self.file)
@@ -201,9 +218,34 @@ def _map_file(descriptor: int, size: int, access: int) -> Mapping | None:
     return mapping
 
 
+#: address of such memory → how many parts of files are mapped over it
+_mapped_over: dict[int, int] = {}
+
+
 def allocate_pages(size: int) -> Tensor:
     """uint8 [size] that begins at a page, as reading around the page cache needs it, and goes back to the system when freed."""
-    return torch.frombuffer(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.uint8)
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory = torch.frombuffer(pages, dtype=torch.uint8)
+    weakref.finalize(pages, _mapped_over.pop, memory.data_ptr(), None).atexit = False
+    return memory
+
+
+def map_over(pages: Tensor, file: TensorFileReader, offset: int) -> bool:
+    """Make whole pages of what `allocate_pages` gave copy-on-write pages of the file from `offset` on, where that is possible."""
+    address, memory = pages.data_ptr(), pages.untyped_storage().data_ptr()
+    if sum(_mapped_over.values()) >= _max_mapped_over() or not file.map_at(address, offset, pages.nbytes):
+        return False
+    _mapped_over[memory] = _mapped_over.get(memory, 0) + 1
+    return True
+
+
+@cache
+def _max_mapped_over() -> int:
+    """A third of the mappings a process may have: between two of them there is often one more, and others need some."""
+    try:
+        return int(Path("/proc/sys/vm/max_map_count").read_text(encoding="ascii")) // 3
+    except (OSError, ValueError):
+        return 0
 
 
 _POPULATE_READ, _POPULATE_WRITE = 22, 23  # MADV_POPULATE_READ and _WRITE, from Linux 5.14 on
