@@ -123,7 +123,7 @@ class Filler:
         jobs.sort(key=lambda job: (job[0].file, job[0].offset))
         counter = _Counter(sum(_taken_bytes(entry, part) for entry, part, _ in jobs), progress)
         mapped = 0
-        viewed: dict[tuple[int, int], list[Region | None]] = {}
+        viewed = _Claims()
         to_stitch: set[str] = set()
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))  # tensors outlive the mode of whoever asks for them
@@ -132,15 +132,11 @@ class Filler:
                 todo: list[Piece] = []
                 for entry, part, one in group:
                     view = self._view(number, entry, part, one)
-                    if view is not None:
-                        others = viewed.setdefault((number, entry.offset if entry.nbytes else -1), [])
-                        if not any(_overlap(part.taken, taken) for taken in others):  # two tensors share no memory
-                            others.append(part.taken)
-                            tensors[one.name] = view
-                            mapped += view.nbytes
-                            counter.add(view.nbytes)
-                            counter.report()
-                            continue
+                    if view is not None and viewed.claim(number, entry, part):
+                        tensors[one.name] = view
+                        mapped += view.nbytes
+                        counter.tell(view.nbytes)
+                        continue
                     if one.name not in tensors:
                         stitched = allocate_to_stitch(one, entries)
                         if stitched is not None:
@@ -151,8 +147,7 @@ class Filler:
                     if edges is not None:
                         bytes_here = entry.nbytes - sum(edge.entry.nbytes for edge in edges)
                         mapped += bytes_here
-                        counter.add(bytes_here)
-                        counter.report()
+                        counter.tell(bytes_here)
                     todo += pieces(entry, part, tensor) if edges is None else edges
                 if todo and pool is None:
                     pool = stack.enter_context(ThreadPoolExecutor(READERS_ON_NETWORK, thread_name_prefix="modelrig-read"))
@@ -202,8 +197,7 @@ class Filler:
         if (len(todo) < 64 and total < PIECE_BYTES) or (total < len(todo) * SMALL_BYTES and not file.is_on_network):
             for batch in _batches(todo):
                 for piece in self._bring(file, batch):
-                    counter.add(piece.entry.nbytes)
-                    counter.report()
+                    counter.tell(piece.entry.nbytes)
             return
         waiting, lock = _batches(todo if file.is_on_network else _announced(todo, file)), threading.Lock()
 
@@ -360,6 +354,25 @@ def _taken_bytes(entry: TensorEntry, part: Part) -> int:
     return (count * DTYPE_BITS[entry.dtype] + 7) // 8
 
 
+class _Claims:
+    """Which bytes are viewed by a tensor, so that no two share memory."""
+
+    def __init__(self) -> None:
+        self._taken: dict[tuple[int, int], list[Region | None]] = {}
+
+    def claim(self, file: int, entry: TensorEntry, part: Part) -> bool:
+        """Whether nobody has what `part` takes of `entry`; then somebody has it now."""
+        key = (file, entry.offset if entry.nbytes else -1)
+        others = self._taken.get(key)
+        if others is None:
+            self._taken[key] = [part.taken]
+            return True
+        if any(_overlap(part.taken, taken) for taken in others):
+            return False
+        others.append(part.taken)
+        return True
+
+
 def _overlap(one: Region | None, other: Region | None) -> bool:
     """Whether two regions of a tensor have an element in common; None is all of it."""
     if one is None or other is None:
@@ -389,6 +402,11 @@ class _Counter:
     def add(self, count: int) -> None:
         with self._lock:
             self.done = min(self.total, self.done + count)
+
+    def tell(self, count: int) -> None:
+        """From the thread that reports, while no other counts."""
+        self.done = min(self.total, self.done + count)
+        self.report()
 
     def report(self) -> None:
         if self.progress is not None and self.done != self._reported:
