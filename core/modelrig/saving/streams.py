@@ -10,6 +10,7 @@ from torch import Tensor
 
 from modelrig.checkpoint.mapping import Origin, extent, whole_region
 from modelrig.components import DTYPE_BITS, FormatReader, TensorEntry
+from modelrig.loading.filling import AHEAD_BYTES
 from modelrig.loading.pieces import destination
 from modelrig.loading.transport import TensorFileReader
 
@@ -78,6 +79,7 @@ def bytes_of_entry(
     staging = torch.empty(min(PART_BYTES, entry.nbytes), dtype=torch.uint8)
     for start in range(0, entry.nbytes, PART_BYTES):
         size = min(PART_BYTES, entry.nbytes - start)
+        file.announce(entry.offset + start + size, AHEAD_BYTES)
         data = file.read(entry.offset + start, staging[:size])
         if as_it_is:
             yield data.numpy().data

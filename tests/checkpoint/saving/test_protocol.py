@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modelrig.checkpoint.saving import in_place, protocol, tree
+from modelrig.checkpoint.saving import in_place, protocol, tree, writing
 from modelrig.checkpoint.saving.lock import locked
 from modelrig.checkpoint.saving.protocol import save_checkpoint
 from modelrig.checkpoint.saving.verify import verify
@@ -72,6 +72,27 @@ def test_a_save_says_what_it_wrote_and_how_safely(folder: Path) -> None:
     assert report.bytes == sum(file.bytes for file in report.files)
     assert "atomic" == save(folder, 2, durable=False).durability
     assert "verified" == verify(folder).state
+
+
+@pytest.mark.parametrize("durable", [True, False])
+def test_the_disk_is_told_to_write_early_where_the_end_waits_for_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, durable: bool
+) -> None:
+    monkeypatch.setattr(writing, "_SYNCED", 1)
+    begun: dict[int, list[tuple[int, int]]] = {}
+
+    class Watching(Vfs):
+        def begin_sync(self, descriptor: int, start: int, size: int) -> None:
+            super().begin_sync(descriptor, start, size)
+            begun.setdefault(os.fstat(descriptor).st_ino, []).append((start, start + size))
+
+    save(folder, 1, durable=durable, vfs=Watching())
+    assert 1 == state(folder)
+    assert durable == bool(begun)
+    files = {path.stat().st_ino: path.stat().st_size for path in folder.iterdir() if path.suffix == ".safetensors"}
+    for inode in files.keys() & begun.keys():
+        spans = begun[inode]
+        assert [0, *(end for _, end in spans)] == [*(start for start, _ in spans), files[inode]]
 
 
 def test_every_layout_follows_every_other(folder: Path, way: str) -> None:

@@ -26,6 +26,7 @@ Read = Callable[[StoredTensor], Iterable[Buffer]]
 _READ_SIZE = 4 << 20
 _WORTH_A_THREAD = 1 << 20  # bytes: hashing beside writing pays from here on
 _SMALL = 1 << 16  # bytes: smaller parts are written together
+_SYNCED = 32 << 20  # bytes: the disk writes while what follows is made, and not only when the system has no more room
 
 
 @frozen(kw_only=True)
@@ -180,6 +181,7 @@ class _Output:
     ) -> None:
         self._vfs, self._path, self._mode, self._durable, self._pool, self._size = vfs, path, mode, durable, pool, size
         self._digest, self._count, self._small = hashlib.sha256(), 0, bytearray()
+        self._written = self._begun = 0  # bytes that are in the file, and that are on their way to the disk
 
     def __enter__(self) -> _Output:
         self._descriptor = self._vfs.create(self._path)
@@ -221,6 +223,10 @@ class _Output:
                 self._vfs.write(self._descriptor, view, self._path)
             finally:
                 hashed.result()  # the bytes are only lent until we return
+        self._written += view.nbytes
+        if self._durable and self._written - self._begun >= _SYNCED:
+            self._vfs.begin_sync(self._descriptor, self._begun, self._written - self._begun)
+            self._begun = self._written
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
