@@ -51,3 +51,19 @@ def test_shards_are_called_as_huggingface_hub_does() -> None:
 def test_weight_files_are_told_from_others_and_variants_by_their_mark(name: str, variant: object) -> None:
     assert (variant is not ...) == SAFETENSORS.is_weight_file(name)
     assert ([variant] if isinstance(variant, str) else []) == SAFETENSORS.variants([name])
+
+
+@pytest.mark.parametrize(
+    ("names", "first"),
+    [
+        (["other.safetensors"], "other.safetensors"),
+        (["model-00001-of-00001.safetensors"], "model-00001-of-00001.safetensors"),
+        (["model-00001-of-00002.safetensors"], None),
+        (["other-00002-of-00003.safetensors"], None),
+        (["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"], None),
+        (["model-00001-of-00002.safetensors", "model.safetensors.index.json"], "model.safetensors.index.json"),
+        (["a.safetensors", "b.safetensors"], None),
+    ],
+)
+def test_a_part_is_not_taken_for_the_whole(names: list[str], first: str | None) -> None:
+    assert first == SAFETENSORS.first(names)

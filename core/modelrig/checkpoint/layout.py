@@ -7,6 +7,8 @@ from collections.abc import Collection, Iterable
 
 from attrs import frozen
 
+_NUMBER = re.compile(r"-\d{5,}-of-(\d{5,})\.[^-]*$")
+
 
 @frozen
 class FileNames:
@@ -35,13 +37,14 @@ class FileNames:
         """Where a folder with these files is read from: the single file, else the index, else the only file of this format.
 
         The single file goes before the index, as in transformers: a save that got by without shards leaves an older index behind.
-        A file that is marked as a variant is taken only where that variant is asked for.
+        A file that is marked as a variant is taken only where that variant is asked for, and one of several numbered ones never: it
+        is not the whole model.
         """
         for name in (self.single(variant), self.index(variant)):
             if name in names:
                 return name
         others = [name for name in names if name.endswith(self.suffix) and name != self.suffix and self._variant(name) is None]
-        return others[0] if variant is None and len(others) == 1 else None
+        return others[0] if variant is None and len(others) == 1 and not is_one_of_several(others[0]) else None
 
     def variants(self, names: Iterable[str]) -> list[str]:
         """The marks of the variants among these files, sorted."""
@@ -56,6 +59,12 @@ class FileNames:
         mark, stem, suffix = r"\.[^./]+", re.escape(self.stem), re.escape(self.suffix)
         single = rf"{stem}(?P<mark>{mark}?)?(-\d{{5,}}-of-\d{{5,}})?{suffix}"
         return re.fullmatch(rf"{single}|{stem}{suffix}\.index(?P<index_mark>{mark})?\.json", name)
+
+
+def is_one_of_several(name: str) -> bool:
+    """Whether a file is numbered as a part of a whole: `model-00001-of-00003.safetensors`."""
+    found = _NUMBER.search(name)
+    return found is not None and int(found[1]) > 1
 
 
 def _mark(variant: str | None) -> str:

@@ -15,7 +15,7 @@ from attrs import evolve, frozen
 
 from modelrig.checkpoint.catalog import file_names, list_tensor_files
 from modelrig.checkpoint.config import ConfigReader
-from modelrig.checkpoint.layout import FileNames
+from modelrig.checkpoint.layout import FileNames, is_one_of_several
 from modelrig.checkpoint.paths import inside, optional
 from modelrig.checkpoint.strict_json import load_json
 from modelrig.components import Architecture, Catalog, Format, ModelFacts, Snapshot
@@ -100,6 +100,9 @@ def catalog(snapshot: Snapshot, registry: Registry, *, prefer_yielding: bool = F
     if not claims:
         _refuse_variant(snapshot, registry)
         names = list_tensor_files(snapshot)
+        if numbered := sorted(name for name in names if is_one_of_several(name)):
+            what = f"{quoted(numbered[0])} is one of several files, and the index that lists them is missing"
+            raise SourceError("SR-FORMAT", what, path=snapshot.root, hint="an interrupted download or copy? fetch it again")
         there = ", ".join(quoted(name) for name in names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
         known = ", ".join(one.name for one in registry.components("formats") if one.state == "active") or "none"
         what = (
