@@ -68,3 +68,18 @@ def test_inspect_of_nothing_is_one_typed_error(capsys: pytest.CaptureFixture[str
     code, out, err = inspect(capsys, tmp_path)
     assert (1, "") == (code, out)
     assert "SR-FORMAT" in err
+
+
+def test_inspect_counts_what_two_names_share_once(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    import torch
+
+    shared = torch.zeros(7, 5)
+    torch.save({"a": shared, "b": shared, "c": torch.zeros(3, dtype=torch.float16)}, tmp_path / "pytorch_model.bin")
+    code, out, _ = inspect(capsys, tmp_path, "--json")
+    document = json.loads(out)
+    assert (0, 3, 38, 146) == (code, document["tensors"], document["elements"], document["bytes"])
+    assert [["a", "b"]] == document["ties"]
+    assert [
+        {"dtype": "float32", "tensors": 2, "elements": 35, "bytes": 140},
+        {"dtype": "float16", "tensors": 1, "elements": 3, "bytes": 6},
+    ] == document["dtypes"]

@@ -131,8 +131,11 @@ def inspect(
     tensors: Counter[str] = Counter()
     elements: Counter[str] = Counter()
     bytes_: Counter[str] = Counter()
+    further = {name for group in found.ties for name in group[1:]}  # names of what is stored once
     for entry in entries:
         tensors[entry.dtype] += 1
+        if entry.name in further:
+            continue
         elements[entry.dtype] += prod(entry.shape)
         bytes_[entry.dtype] += entry.nbytes
     listed = list(entries) if all_tensors else list(entries)[:LISTED_TENSORS]
