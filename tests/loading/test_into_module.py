@@ -319,6 +319,21 @@ def test_a_tie_that_is_stored_twice_must_be_equal(tmp_path: Path) -> None:
             assert ("LD-TIE", "lm_head.weight") == (caught.value.code, caught.value.locus)
 
 
+@pytest.mark.parametrize("are_equal", [True, False])
+def test_a_tie_of_which_two_cuts_of_one_tensor_are_stored_must_be_equal(tmp_path: Path, are_equal: bool) -> None:
+    half = torch.randn(3, 5)
+    write(tmp_path, {"both": torch.cat([half, half if are_equal else half + 1])})
+    module = nn.Module()
+    module.one = module.other = nn.Parameter(torch.empty(3, 5, device="meta"))
+    rules = [Split("both", ["one", "other"])]
+    if are_equal:
+        modelrig.load_checkpoint(module, tmp_path, mapping=rules)
+        assert torch.equal(half, module.one) and module.one is module.other
+    else:
+        with pytest.raises(LoadError, match="LD-TIE"):
+            modelrig.load_checkpoint(module, tmp_path, mapping=rules)
+
+
 def test_a_tie_that_is_one_tensor_of_a_bin_file_is_read_once(tmp_path: Path) -> None:
     original = build("llama, tied")
     torch.save(original.state_dict(), tmp_path / "pytorch_model.bin")  # under both names

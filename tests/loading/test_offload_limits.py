@@ -23,7 +23,7 @@ from modelrig.errors import FileError
 from modelrig.loading import transport
 from modelrig.loading.offload import Streamer
 from residue import held, mappings, open_files, resident_bytes
-from streamed import NET_IDS, WIDE, Boom, Net, Wide, raising, streamed, streamer_of
+from streamed import NET_IDS, WIDE, Boom, Net, Wide, nothing, raising, streamed, streamer_of
 
 # ------------------------------------------------------------------------------------------------ errors, and what is left
 
@@ -91,6 +91,41 @@ def threads() -> Callable[[], list[threading.Thread]]:
         return found
 
     return left
+
+
+@torch.no_grad()
+def test_whoever_waits_when_a_model_is_closed_gets_an_error(tmp_path: Path, net: Net, on_network: None) -> None:
+    module = streamed(tmp_path)
+    module(NET_IDS)
+    streamer = streamer_of(module)
+    inside, closed, errors = threading.Event(), threading.Event(), []
+
+    def compute() -> None:
+        try:
+            module(NET_IDS)
+        except Exception as error:
+            errors.append(error)
+
+    def stay() -> None:
+        inside.set()
+        assert closed.wait(60)
+
+    module.stack.blocks[1].inside = stay
+    first = threading.Thread(target=compute, daemon=True)
+    first.start()
+    assert inside.wait(60)
+    module.stack.blocks[1].inside = nothing
+    # Of the blocks that take turns in the slot of the one that is in use, this one waits.
+    second = threading.Thread(target=lambda: [compute() for _ in range(2)], daemon=True)
+    second.start()
+    second.join(1)
+    assert second.is_alive()
+    streamer.close()
+    closed.set()
+    for thread in (first, second):
+        thread.join(60)
+        assert not thread.is_alive()
+    assert {"LD-STREAM"} == {getattr(error, "code", error) for error in errors[:1]}
 
 
 @torch.no_grad()

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from attrs import evolve
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 import modelrig
@@ -56,10 +58,10 @@ def test_with_room_pages_stay_unless_there_is_a_max_memory() -> None:
     [
         (0, "aaaaaaaa"),
         (12_000, "aaaaaaaa"),  # two slots of 4,000 bytes, and 95 % of the rest is less than one unit
-        (12_300, "kaaaaaaa"),
-        (16_500, "kaaakaaa"),
-        (20_700, "kakaakaa"),
-        (24_900, "kakakaka"),
+        (12_300, "aaaaaaak"),
+        (16_500, "aaakaaak"),
+        (24_900, "akakakak"),
+        (33_300, "akkkakkk"),
         (200_000, "kkkkkkkk"),
     ],
     indirect=["free"],
@@ -68,6 +70,22 @@ def test_as_many_stay_as_there_is_room_for_in_equal_distances(free: None, expect
     assert expected == ways(MainMemory(), *[1000] * 8)
     assert "a" * 8 == ways(MainMemory(is_limited=True), *[1000] * 8)
     assert "a" * 8 == ways(MainMemory(reserved_bytes=200_000), *[1000] * 8)
+
+
+@given(sizes=st.lists(st.integers(0, 1000), max_size=40), free=st.integers(0, 40_000))
+def test_what_stays_fits_and_little_more_would(sizes: list[int], free: int) -> None:
+    kept = paging._spaced(sizes, free)
+    room = (free - 2 * max(sizes, default=0)) * paging.CAUTION
+    held = sum(sizes[number] for number in kept)
+    assert held <= max(room, 0) + 1e-6
+    fitting = sum(size for size in sizes if size <= room)
+    assert held >= min(fitting, room) - max(sizes, default=0) - 1e-6
+
+
+def test_one_large_unit_keeps_no_other_from_staying() -> None:
+    assert {*range(1, 101)} == paging._spaced([1000] + [10] * 100, 3_100)  # 1,045 bytes beside two slots
+    assert 46 <= len(paging._spaced([1000] + [10] * 100, 2_500)) <= 47
+    assert set() == paging._spaced([10] * 100_000, 0)
 
 
 @torch.no_grad()

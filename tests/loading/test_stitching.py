@@ -72,6 +72,7 @@ def test_parts_of_whole_pages_are_mapped_wherever_they_begin(
     [made], mapped = loaded(catalog, gate_up(), progress=lambda done, total: calls.append((done, total)))
     expected = torch.stack([torch.cat([experts[f"{number}.w1"], experts[f"{number}.w3"]]) for number in range(EXPERTS)])
     assert torch.equal(expected, made)
+    assert (0, made.nbytes) == (made.storage_offset(), made.untyped_storage().nbytes())  # as writers of files expect it
     assert expected.nbytes - 10 * PAGE <= mapped <= expected.nbytes
     assert calls[-1] == (expected.nbytes, expected.nbytes)
     assert mappings(tmp_path)

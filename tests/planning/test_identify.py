@@ -298,6 +298,19 @@ def test_safetensors_goes_before_a_bin_file_which_is_then_never_opened(tmp_path:
     assert ("ZP-MAGIC", str(tmp_path / "pytorch_model.bin")) == (caught.value.code, caught.value.path)
 
 
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_numbered_files_without_their_index_are_told_to_be_a_part(tmp_path: Path, variant: str | None) -> None:
+    mark = "" if variant is None else f".{variant}"
+    name = f"model{mark}-00001-of-00002.safetensors"
+    write_valid(tmp_path / name, a=("F16", [1]))
+    snapshot = Snapshot(reference="x", root=tmp_path, source="local", variant=variant)
+    error = refused(lambda: catalog(snapshot, current()))
+    assert ("SR-FORMAT", str(tmp_path)) == (error.code, error.path)
+    assert f"{name!r} is one of several files" in error.reason
+    (tmp_path / f"model.safetensors.index{mark}.json").write_text("{}")
+    assert "is one of several" not in refused(lambda: catalog(snapshot, current())).reason
+
+
 def test_a_variant_is_read_where_it_is_asked_for_and_told_where_nothing_else_is(tmp_path: Path) -> None:
     def made(variant: str | None) -> Any:
         return catalog(Snapshot(reference="x", root=tmp_path, source="local", variant=variant), current())

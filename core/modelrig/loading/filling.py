@@ -57,6 +57,10 @@ class Wanted:
     buffer: Tensor | None = None
     may_view: bool = True  # a copy-on-write view of the mapped file serves as well
 
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
 
 @frozen
 class Tally:
@@ -145,9 +149,9 @@ class Filler:
                     tensor = tensors[one.name]
                     edges = stitch(self.file(number), entry, part, one, tensor) if one.name in to_stitch else None
                     if edges is not None:
-                        bytes_here = entry.nbytes - sum(edge.entry.nbytes for edge in edges)
-                        mapped += bytes_here
-                        counter.tell(bytes_here)
+                        mapped_here = entry.nbytes - sum(edge.entry.nbytes for edge in edges)
+                        mapped += mapped_here
+                        counter.tell(mapped_here)
                     todo += pieces(entry, part, tensor) if edges is None else edges
                 if todo and pool is None:
                     pool = stack.enter_context(ThreadPoolExecutor(READERS_ON_NETWORK, thread_name_prefix="modelrig-read"))
@@ -338,9 +342,8 @@ def _takes_bytes(entry: TensorEntry, into: Tensor) -> bool:
 def _allocate(one: Wanted) -> Tensor:
     if one.buffer is not None:
         return one.buffer
-    size = math.prod(one.shape) * one.dtype.itemsize
-    if one.device.type == "cpu" and size >= MAPPED_FROM_BYTES:  # malloc may keep what is freed
-        return allocate_pages(size).view(one.dtype).view(one.shape)
+    if one.device.type == "cpu" and one.nbytes >= MAPPED_FROM_BYTES:  # malloc may keep what is freed
+        return allocate_pages(one.nbytes).view(one.dtype).view(one.shape)
     return torch.empty(one.shape, dtype=one.dtype, device=one.device)
 
 
@@ -355,14 +358,14 @@ def _taken_bytes(entry: TensorEntry, part: Part) -> int:
 
 
 class _Claims:
-    """Which bytes are viewed by a tensor, so that no two share memory."""
+    """Which bytes are viewed by a tensor, so that no two share memory. Stored tensors with bytes in common are the same range."""
 
     def __init__(self) -> None:
         self._taken: dict[tuple[int, int], list[Region | None]] = {}
 
     def claim(self, file: int, entry: TensorEntry, part: Part) -> bool:
         """Whether nobody has what `part` takes of `entry`; then somebody has it now."""
-        key = (file, entry.offset if entry.nbytes else -1)
+        key = (file, entry.offset if entry.nbytes else -1)  # an empty one begins where another does
         others = self._taken.get(key)
         if others is None:
             self._taken[key] = [part.taken]

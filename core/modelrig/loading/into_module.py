@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from attrs import frozen
+from attrs import evolve, frozen
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
@@ -237,7 +237,11 @@ def _require_equal_ties(stored: Mapping[str, Target], names: Mapping[str, str], 
 
 def _are_equal(one: Target, other: Target, opened: Opened) -> bool:
     sources = [[opened.catalog.entries[part.name] for part in target.parts] for target in (one, other)]
-    if [(entry.file, entry.offset) for entry in sources[0]] == [(entry.file, entry.offset) for entry in sources[1]]:
+    places = [
+        [(entry.file, entry.offset, evolve(part, name="")) for entry, part in zip(entries, target.parts, strict=True)]
+        for entries, target in zip(sources, (one, other), strict=True)
+    ]
+    if places[0] == places[1]:
         return True
     dtypes = {entry.dtype for entries in sources for entry in entries}
     if len(dtypes) != 1:

@@ -22,7 +22,7 @@ import mmap
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import torch
@@ -158,10 +158,7 @@ class Streamer:
                 if one.name in views or one in around:
                     continue
                 places.append((state, one, offset))
-                count = one.dtype.itemsize
-                for size in one.shape:
-                    count *= size
-                offset += -(-count // ALIGNMENT) * ALIGNMENT
+                offset += -(-one.nbytes // ALIGNMENT) * ALIGNMENT
             state.paged = _merged([view for name, view in views.items() if name not in state.unit.gathered])
             state.dropped = () if state.unit.paging is Paging.KEPT else _merged([*views.values()])
             laid, offset = lay_out_runs([(one, self.filler.catalog.entries[one.sources[0].name]) for one in around], offset)
@@ -182,10 +179,7 @@ class Streamer:
                 data = slot[start : start + entry.nbytes]
                 self.tensors[one.name] = self.filler.reader.decode(data, entry)
         for state, one, offset in places:
-            numel = 1
-            for size in one.shape:
-                numel *= size
-            tensor = slots[state.slot][offset : offset + numel * one.dtype.itemsize].view(one.dtype).view(one.shape)
+            tensor = slots[state.slot][offset : offset + one.nbytes].view(one.dtype).view(one.shape)
             self.tensors[one.name] = tensor
             if one.name in state.unit.held:
                 state.copies += ((tensor, state.unit.held[one.name]),)
@@ -233,6 +227,7 @@ class Streamer:
         """Let go of threads, files and slots; the modules cannot compute any more."""
         with self._turn:
             self._is_closed = True
+            self._turn.notify_all()
         for state in self._states:
             for module in state.unit.sites:
                 module.__dict__.pop("_call_impl", None)
@@ -249,11 +244,13 @@ class Streamer:
 
     def enter(self, site: int, call: object) -> None:
         """`call` begins to compute with the unit of this site: wait until it is there, and ask for the next one."""
-        state = self._sites[site]
         with self._turn:
+            self._require_open()
+            state = self._sites[site]
             while not self._may_take_slot(state):
                 self._require_progress(state)
                 self._turn.wait()
+                self._require_open()
             state.users[call] = threading.get_ident()
             if self._last is not None:
                 self._next[self._last] = site
@@ -263,6 +260,9 @@ class Streamer:
             ready = self._ask(state)
         try:
             ready.result()
+        except CancelledError:
+            self._require_open()
+            raise
         except BaseException:
             with self._turn:
                 if ready.done() and state.ready is ready:  # the next call tries again
@@ -271,6 +271,7 @@ class Streamer:
         if state.arrived is not None:
             torch.cuda.current_stream(self.device).wait_event(state.arrived)
         with self._turn:
+            self._require_open()
             for place, leaf, tensor, _ in state.hidden:
                 place[leaf] = tensor
             self._look_ahead(site)
@@ -290,6 +291,10 @@ class Streamer:
                 self._let_go(state)
             self._look_ahead(site)
             self._turn.notify_all()
+
+    def _require_open(self) -> None:
+        if self._is_closed:
+            raise LoadError("LD-STREAM", "the model was closed while it computed: its weights are gone")
 
     def _require_progress(self, state: _State) -> None:
         """Raise `LoadError` (LD-STREAM) if what `state` waits for ends only after this thread has gone on."""
@@ -440,8 +445,5 @@ def _merged(views: Sequence[Tensor]) -> tuple[Tensor, ...]:
         else:
             ranges.append((storage, start, end))
     with torch.inference_mode(False):
-        return tuple(_bytes_of(storage, start, end) for storage, start, end in ranges)
-
-
-def _bytes_of(storage: Any, start: int, end: int) -> Tensor:
-    return torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage, start, (end - start,), (1,))
+        empty = torch.empty(0, dtype=torch.uint8, device="cpu")
+        return tuple(empty.new_empty(0).set_(storage, start, (end - start,), (1,)) for storage, start, end in ranges)

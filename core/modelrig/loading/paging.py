@@ -1,15 +1,15 @@
 """What becomes of the pages of the disk tier's mapped files: they stay, they are dropped after use, or they are gone around.
 
 With `max_memory` the process itself stays within it, so pages are dropped; without, it is the system's affair, which takes pages of
-files back when somebody needs the memory. But where the files are larger than memory, each would be taken back just before its
-next use, so only as many as there is room for are paged at all, and the rest is read around the page cache.
+files back when somebody needs the memory (and what it took comes again at its next use, not ahead of it). But where the files are
+larger than memory, each would be taken back just before its next use, so only as many as there is room for are paged at all, and
+the rest is read around the page cache.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from enum import Enum
-from math import prod
 from typing import TYPE_CHECKING
 
 from attrs import evolve, frozen
@@ -50,10 +50,11 @@ class MainMemory:
         return free is None or _nbytes(wanted) <= free
 
     def paged(self, units: Sequence[Unit], *, has_room: bool) -> list[Unit]:
-        """The units with what becomes of their pages. `has_room`: it can hold the whole model."""
+        """The units with what becomes of their pages. `has_room`: what is free, `max_memory` or not, can hold the whole model."""
         if has_room:
             return [evolve(unit, paging=Paging.DROPPED if self.is_limited else Paging.KEPT) for unit in units]
-        sizes = [_nbytes(unit.wanted) for unit in units]
+        # Of what is looked up by rows few pages are touched, and they are not read into slots.
+        sizes = [_nbytes(one for one in unit.wanted if one.name not in unit.gathered) for unit in units]
         kept = set() if self.is_limited else _spaced(sizes, self._free_bytes() or 0)
         return [evolve(unit, paging=Paging.KEPT if number in kept else Paging.AROUND) for number, unit in enumerate(units)]
 
@@ -66,14 +67,18 @@ UNLIMITED = MainMemory()
 
 
 def _spaced(sizes: Sequence[int], free: int) -> set[int]:
-    """Numbers of as many, in equal distances, as fit beside the slots of the others."""
+    """Numbers of units that fit beside the slots of the others: about as many as can, in about equal distances."""
     room = (free - SLOTS * max(sizes, default=0)) * CAUTION
-    for count in range(len(sizes), 0, -1):
-        chosen = {number * len(sizes) // count for number in range(count)}
-        if sum(sizes[number] for number in chosen) <= room:
-            return chosen
-    return set()
+    fitting = [number for number, size in enumerate(sizes) if size <= room]
+    share = min(1.0, room / max(1, sum(sizes[number] for number in fitting)))
+    kept, passed = set(), 0.0
+    for number in fitting:  # whenever the share of what was passed has room for it
+        passed += sizes[number] * share
+        if sizes[number] <= passed:
+            passed -= sizes[number]
+            kept.add(number)
+    return kept
 
 
 def _nbytes(wanted: Iterable[Wanted]) -> int:
-    return sum(prod(one.shape) * one.dtype.itemsize for one in wanted)
+    return sum(one.nbytes for one in wanted)

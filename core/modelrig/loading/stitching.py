@@ -10,7 +10,6 @@ from __future__ import annotations
 import mmap
 from collections import Counter
 from collections.abc import Mapping
-from math import prod
 from typing import TYPE_CHECKING
 
 import torch
@@ -38,11 +37,10 @@ def allocate_to_stitch(one: Wanted, entries: Mapping[str, TensorEntry]) -> Tenso
         place = _place(entry, part, one)
         if place is not None:
             begins[(entry.offset - place) % PAGE] += entry.nbytes
-    total = prod(one.shape) * one.dtype.itemsize
     [(begin, count)] = begins.most_common(1) or [(0, 0)]
-    if not total or count * 2 < total or begin % one.dtype.itemsize:
+    if not count or count * 2 < one.nbytes or begin % one.dtype.itemsize:
         return None
-    return allocate_pages(begin + total)[begin:].view(one.dtype).view(one.shape)
+    return allocate_pages(one.nbytes, begin).view(one.dtype).view(one.shape)
 
 
 def stitch(file: TensorFileReader, entry: TensorEntry, part: Part, one: Wanted, tensor: Tensor) -> list[Piece] | None:

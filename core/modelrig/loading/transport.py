@@ -8,6 +8,7 @@ SIGBUS, and reading in pieces is as fast as touching mapped pages.
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 import threading
@@ -144,7 +145,7 @@ class TensorFileReader:
             self._descriptor = -1
 
     def map_at(self, address: int, offset: int, size: int) -> bool:
-        """Replace the pages at `address` by copy-on-write ones of the file; False where files are not mapped."""
+        """Replace the pages at `address` by copy-on-write ones of the file; False, and they are as before, where that cannot be."""
         if not self._can_map or not size:
             return False
         self._require_open()
@@ -154,7 +155,7 @@ class TensorFileReader:
         if _libc.mmap(address, size, _READ_WRITE, flags, self._descriptor, offset) == address:
             return True
         if _libc.mmap(address, size, _READ_WRITE, flags | mmap.MAP_ANONYMOUS, -1, 0) != address:  # it may have left a hole
-            raise MemoryError(f"{size:,} bytes of memory cannot be mapped again")
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
         return False
 
     def _map(self) -> None:
@@ -218,14 +219,17 @@ def _map_file(descriptor: int, size: int, access: int) -> Mapping | None:
     return mapping
 
 
-#: address of such memory → how many parts of files are mapped over it
+#: address of what `allocate_pages` gave → how many parts of files are mapped over it
 _mapped_over: dict[int, int] = {}
 
 
-def allocate_pages(size: int) -> Tensor:
-    """uint8 [size] that begins at a page, as reading around the page cache needs it, and goes back to the system when freed."""
-    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory = torch.frombuffer(pages, dtype=torch.uint8)
+def allocate_pages(size: int, begin: int = 0) -> Tensor:
+    """uint8 [size] that begins at byte `begin` of a page and goes back to the system when freed.
+
+    At byte 0 it can be read into around the page cache.
+    """
+    pages = mmap.mmap(-1, begin + size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory = torch.frombuffer(pages, dtype=torch.uint8, offset=begin)
     weakref.finalize(pages, _mapped_over.pop, memory.data_ptr(), None).atexit = False
     return memory
 

@@ -98,11 +98,12 @@ def catalog(snapshot: Snapshot, registry: Registry, *, prefer_yielding: bool = F
     """
     claims, silent = _claims("formats", snapshot, registry)
     if not claims:
-        _refuse_variant(snapshot, registry)
         names = list_tensor_files(snapshot)
-        if numbered := sorted(name for name in names if is_one_of_several(name)):
+        numbered = sorted(name for name in names if is_one_of_several(name))
+        if numbered and not any(".index." in name for name in file_names(snapshot)):
             what = f"{quoted(numbered[0])} is one of several files, and the index that lists them is missing"
             raise SourceError("SR-FORMAT", what, path=snapshot.root, hint="an interrupted download or copy? fetch it again")
+        _refuse_variant(snapshot, registry)
         there = ", ".join(quoted(name) for name in names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
         known = ", ".join(one.name for one in registry.components("formats") if one.state == "active") or "none"
         what = (

@@ -79,7 +79,8 @@ def bytes_of_entry(
     staging = torch.empty(min(PART_BYTES, entry.nbytes), dtype=torch.uint8)
     for start in range(0, entry.nbytes, PART_BYTES):
         size = min(PART_BYTES, entry.nbytes - start)
-        file.announce(entry.offset + start + size, AHEAD_BYTES)
+        if size == PART_BYTES:  # of small tensors the system reads ahead by itself
+            file.announce(entry.offset + start + size, AHEAD_BYTES)
         data = file.read(entry.offset + start, staging[:size])
         if as_it_is:
             yield data.numpy().data
