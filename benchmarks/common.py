@@ -37,6 +37,19 @@ def storage() -> Path:
     return Path(os.environ.get("MODELRIG_BENCH_DIR", Path.home() / ".cache" / "modelrig-benchmarks"))
 
 
+#: of a measuring process: another one touches as much free memory as the work may take. A virtual machine may have given it back to
+#: its host, and getting it again would take longer than the work.
+TOUCH = """
+import os, subprocess, sys
+def status(key, path="/proc/self/status"):
+    return next(int(line.split()[1]) * 1024 for line in open(path) if line.startswith(key))
+def touch(count):
+    code = "import mmap, sys; mmap.mmap(-1, int(sys.argv[1])).madvise(23)"  # MADV_POPULATE_WRITE
+    subprocess.run([sys.executable, "-c", code, str(min(count, status("MemFree", "/proc/meminfo") // 10 * 9))], check=True)
+def folder_bytes(path): return sum(entry.stat().st_size for entry in os.scandir(path))
+"""
+
+
 def llama_checkpoint(name: str) -> Path:
     """A llama of shape `name` with random bf16 weights, written once by transformers."""
     folder = storage() / f"llama-{name}"

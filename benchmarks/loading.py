@@ -16,17 +16,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import RESULTS, SHAPES, child, drop_cache, median, random_checkpoint, storage, table, write
+from benchmarks.common import RESULTS, SHAPES, TOUCH, child, drop_cache, median, random_checkpoint, storage, table, write
 
-HEAD = """
-import sys, time, json, subprocess, threading, os
+HEAD = (
+    TOUCH
+    + """
+import time, json
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 path, dtype = sys.argv[1], sys.argv[2]
 import torch
 def report(load):
-    touch = "import mmap, sys; mmap.mmap(-1, int(sys.argv[1])).madvise(23)"  # MADV_POPULATE_WRITE
-    needed = sum(entry.stat().st_size for entry in os.scandir(path)) * (3 if dtype == "float32" else 1)
-    subprocess.run([sys.executable, "-c", touch, str(min(needed, status("MemFree", "/proc/meminfo") // 10 * 9))], check=True)
+    touch(folder_bytes(path) * (3 if dtype == "float32" else 1))
     base = resident()
     start = time.perf_counter()
     module = load()
@@ -41,11 +41,10 @@ def report(load):
     weights = sum(one.nbytes for one in tensors)
     print(json.dumps({"load": loaded, "touched": touched, "peak": peak - base, "high": high() - base, "weights": weights,
                       "tensors": len(tensors)}))
-def status(key, path="/proc/self/status"):
-    return next(int(line.split()[1]) * 1024 for line in open(path) if line.startswith(key))
 def resident(): return status("VmRSS")
 def high(): return status("VmHWM")
 """
+)
 
 OURS = (
     HEAD

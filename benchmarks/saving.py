@@ -4,7 +4,8 @@
 
 Each measurement is a process of its own that writes into a fresh folder. Ours forces everything to the disk before it commits and
 hashes every file; `fsync` after transformers' save gives its figure with the first of these. `convert` reads a checkpoint and
-writes it in another dtype or in smaller files; transformers loads it and saves it.
+writes it in another dtype or in smaller files; transformers loads it and saves it. Free memory is touched before, as in
+`benchmarks.loading`.
 """
 
 from __future__ import annotations
@@ -14,16 +15,17 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import child, median, storage, table, write
+from benchmarks.common import TOUCH, child, median, storage, table, write
 from benchmarks.loading import checkpoint
 
-HEAD = """
-import sys, time, json, os
+HEAD = (
+    TOUCH
+    + """
+import time, json
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 path, out = sys.argv[1], sys.argv[2]
-def status(key):
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
 def timed(work):
+    touch(folder_bytes(path) * 2)
     base = status("VmRSS")
     start = time.perf_counter()
     work()
@@ -34,6 +36,7 @@ def sync(folder):
         os.fsync(descriptor)
         os.close(descriptor)
 """
+)
 SAVE_OURS = (
     HEAD
     + """
