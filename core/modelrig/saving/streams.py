@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from attrs import evolve
@@ -76,14 +77,34 @@ def bytes_of_entry(
         return
     bits = DTYPE_BITS[entry.dtype]
     as_it_is = stored is None or bits < 8  # torch cannot tell its values apart, and nobody asked to change them
-    staging = torch.empty(min(PART_BYTES, entry.nbytes), dtype=torch.uint8)
-    for start in range(0, entry.nbytes, PART_BYTES):
-        size = min(PART_BYTES, entry.nbytes - start)
-        if size == PART_BYTES:  # of small tensors the system reads ahead by itself
-            file.announce(entry.offset + start + size, AHEAD_BYTES)
-        data = file.read(entry.offset + start, staging[:size])
+    for offset, data in _read(file, entry):
         if as_it_is:
             yield data.numpy().data
             continue
-        values = reader.decode(data, evolve(entry, shape=(size * 8 // bits,), offset=entry.offset + start, nbytes=size))
+        count = data.numel() * 8 // bits
+        values = reader.decode(data, evolve(entry, shape=(count,), offset=offset, nbytes=data.numel()))
         yield from bytes_of(values, dtype or values.dtype)
+
+
+def _read(file: TensorFileReader, entry: TensorEntry) -> Iterator[tuple[int, Tensor]]:
+    """The bytes of `entry` in parts, each with its offset in the file; while one is used, the next is read."""
+    if entry.nbytes == 0:
+        return
+    if entry.nbytes <= PART_BYTES:
+        yield entry.offset, file.read(entry.offset, torch.empty(entry.nbytes, dtype=torch.uint8))
+        return
+    stagings = [torch.empty(PART_BYTES, dtype=torch.uint8) for _ in range(2)]
+    end = entry.offset + entry.nbytes
+
+    def read(offset: int) -> Tensor:
+        file.announce(offset + PART_BYTES, AHEAD_BYTES)
+        stagings.reverse()
+        return file.read(offset, stagings[0][: end - offset])
+
+    with ThreadPoolExecutor(1, "modelrig-read") as pool:
+        ahead = pool.submit(read, entry.offset)
+        for offset in range(entry.offset, end, PART_BYTES):
+            data = ahead.result()
+            if offset + PART_BYTES < end:
+                ahead = pool.submit(read, offset + PART_BYTES)
+            yield offset, data
