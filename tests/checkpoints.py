@@ -16,16 +16,24 @@ TINY_LLAMA = {
 }
 
 
-def write_llama(folder: Path, *, seed: int = 0, dtype: str = "float32", max_shard_size: str = "5GB", **config: Any) -> Any:
-    """A random transformers Llama, saved by transformers into `folder`; returns the model, in float32 and eval mode.
+def write_llama(folder: Path, **options: Any) -> Any:
+    """`write_decoder` of a Llama."""
+    return write_decoder(folder, "Llama", **options)
 
-    Weights are larger than an initialisation's so that every part of the model moves the logits.
+
+def write_decoder(
+    folder: Path, family: str, *, seed: int = 0, dtype: str = "float32", max_shard_size: str = "5GB", **config: Any
+) -> Any:
+    """A random model of transformers, saved by it into `folder`; returns the model, in float32 and eval mode.
+
+    `family` is what its classes begin with. Weights are larger than an initialisation's so that every part moves the logits.
     """
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    import transformers
 
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(**{**TINY_LLAMA, "bos_token_id": None, "eos_token_id": None, **config})).eval()
+    settings = getattr(transformers, f"{family}Config")(**{**TINY_LLAMA, "bos_token_id": None, "eos_token_id": None, **config})
+    model = getattr(transformers, f"{family}ForCausalLM")(settings).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 2:

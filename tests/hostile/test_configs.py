@@ -40,7 +40,7 @@ NO_NAME = {
     "CF-TYPE": [16, True, ["silu"], {}],
 }
 NO_MODEL_TYPE = {
-    "CF-ARCH": ["", "Llama", " llama", "llama.py", "../../llama", "/etc/passwd", "os.system", "mistral", "\0", "x" * 1_000_000],
+    "CF-ARCH": ["", "Llama", " llama", "llama.py", "../../llama", "/etc/passwd", "os.system", "falcon", "\0", "x" * 1_000_000],
     "CF-TYPE": [None, 5, True, ["llama"], {"llama": 1}],
     "CF-JSON": [NAN],
 }
@@ -143,7 +143,7 @@ def cases() -> Iterator[tuple[str, Case]]:
         yield from listed(field, NO_NAME)
     yield from listed("model_type", NO_MODEL_TYPE)
     yield "model_type missing", Case(code="CF-MISSING", locus="model_type", changes={"model_type": ...})
-    for name in ("mistral", "../../evil", EVIL):
+    for name in ("falcon", "../../evil", EVIL):
         changes = {"model_type": name, "auto_map": {"AutoModelForCausalLM": "modeling_evil.Evil"}}
         yield f"auto_map and {name}", Case(code="CR-CODE", locus="auto_map", changes=changes)
     for spelling in ("rope_scaling", "rope_parameters"):

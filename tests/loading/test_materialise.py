@@ -396,9 +396,9 @@ class Builder:
         self.harm = harm
 
     def build(self, facts: Any, context: Any) -> torch.nn.Module:
-        from modelrig_plugins.architectures.llama_module import LlamaBuilder
+        from modelrig_plugins.architectures.decoder_module import DecoderBuilder
 
-        module = LlamaBuilder.build(facts, context)
+        module = DecoderBuilder.build(facts, context)
         self.harm(module)
         return module
 

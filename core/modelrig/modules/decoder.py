@@ -37,9 +37,17 @@ class BuildContext:
 
 
 class Attention(nn.Module):
-    """Projections around the attention slot."""
+    """Projections around the attention slot; with `norm_epsilon`, queries and keys of each head are normalised."""
 
-    def __init__(self, hidden: int, spec: AttentionSpec, bias: bool, output_bias: bool, context: BuildContext) -> None:
+    def __init__(
+        self,
+        hidden: int,
+        spec: AttentionSpec,
+        bias: bool,
+        output_bias: bool,
+        context: BuildContext,
+        norm_epsilon: float | None = None,
+    ) -> None:
         super().__init__()
         self.spec, self.attend = spec, context.attention.attend
         queries, keys = spec.num_heads * spec.head_dim, spec.num_key_value_heads * spec.head_dim
@@ -47,6 +55,10 @@ class Attention(nn.Module):
         self.k_proj = Linear(hidden, keys, bias, context.dtype)
         self.v_proj = Linear(hidden, spec.num_key_value_heads * spec.value_dim, bias, context.dtype)
         self.o_proj = Linear(spec.num_heads * spec.value_dim, hidden, output_bias, context.dtype)
+        self.has_norms = norm_epsilon is not None
+        if norm_epsilon is not None:
+            self.q_norm = RMSNorm(spec.head_dim, norm_epsilon, context.dtype)
+            self.k_norm = RMSNorm(spec.head_dim, norm_epsilon, context.dtype)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Any, slots: Slots, layer: LayerCache) -> Tensor:
         b, t = slots.positions.shape
@@ -54,6 +66,8 @@ class Attention(nn.Module):
         q = heads_first(self.q_proj(x), b, t, spec.num_heads, spec.head_dim)
         k = heads_first(self.k_proj(x), b, t, spec.num_key_value_heads, spec.head_dim)
         v = heads_first(self.v_proj(x), b, t, spec.num_key_value_heads, spec.value_dim)
+        if self.has_norms:
+            q, k = self.q_norm(q), self.k_norm(k)
         keys, values = layer.update(apply_rotary(k, cos, sin), v, slots)
         y = self.attend(apply_rotary(q, cos, sin), keys, values, mask, spec)  # [b, t, h * d]
         return self.o_proj(y.view(x.shape[:-1] + y.shape[-1:]))

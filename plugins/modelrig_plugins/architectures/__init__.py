@@ -6,14 +6,23 @@ from modelrig.hookspecs import hookimpl
 MODELRIG_API = "1.0"
 
 
+DECODERS = {
+    "llama": "Llama 1, 2 and 3.x, and models that share their config",
+    "mistral": "Mistral 7B and its relatives, with or without a sliding window",
+    "qwen2": "Qwen2 and Qwen2.5",
+    "qwen3": "Qwen3, dense",
+}
+
+
 @hookimpl
 def modelrig_architectures() -> list[Architecture]:
     return [
         Architecture(
-            name="llama",
-            summary="Llama 1, 2 and 3.x, and models that share their config",
-            planner="modelrig_plugins.architectures.llama:LlamaPlanner",
-            implementation="modelrig_plugins.architectures.llama_module:LlamaBuilder",
-            model_types={"llama"},
+            name=name,
+            summary=summary,
+            planner=f"modelrig_plugins.architectures.{name}:{name.capitalize()}Planner",
+            implementation="modelrig_plugins.architectures.decoder_module:DecoderBuilder",
+            model_types={name},
         )
+        for name, summary in DECODERS.items()
     ]

@@ -1,4 +1,4 @@
-"""The Llama module, on the meta device."""
+"""The modules of families of llama's shape, on the meta device."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from modelrig.modules.activations import FUNCTIONS
 from modelrig.modules.decoder import Attention, BuildContext, CausalLM, Decoder, DecoderBlock, GatedMLP
 
 
-class LlamaBuilder:
+class DecoderBuilder:
     @staticmethod
     def build(facts: ModelFacts, context: BuildContext) -> CausalLM:
         config = facts.config
@@ -16,7 +16,7 @@ class LlamaBuilder:
             DecoderBlock(
                 hidden,
                 epsilon,
-                Attention(hidden, spec, config.attention_bias, config.attention_bias, context),
+                Attention(hidden, spec, config.qkv_bias, config.output_bias, context, epsilon if config.qk_norm else None),
                 GatedMLP(hidden, config.intermediate_size, config.mlp_bias, FUNCTIONS[config.hidden_act], context),
                 context.dtype,
             )
