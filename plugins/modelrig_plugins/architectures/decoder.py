@@ -54,6 +54,8 @@ class Family:
 
 @frozen(kw_only=True)
 class DecoderConfig:
+    """What a config says, with what its family fixes."""
+
     hidden_size: int
     intermediate_size: int
     num_hidden_layers: int
@@ -71,6 +73,8 @@ class DecoderConfig:
 
 @frozen
 class DecoderPlanner:
+    """Plans one family."""
+
     family: Family
 
     def describe(self, config: Mapping[str, Any], catalog: Catalog, path: Path) -> ModelFacts:
