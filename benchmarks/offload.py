@@ -2,10 +2,10 @@
 
     python -m benchmarks.offload [--share 0.6] [--tokens 8] [--repeats 3]
 
-`limited`: the process lives in a control group (needs root) that has room for what the device map keeps in memory and two blocks,
-so that nearly every byte of the disk tier comes from the disk for each token. `cached`: no limit, and the files are in the page
-cache. The reader reads the same bytes front to back with 4 MiB calls under the same limit; `of the reader` is the disk tier's bytes
-for each token, over the time of a token, beside its rate.
+`limited`: the process lives in a control group (needs root) that has room for what the device map keeps in memory, two blocks and
+700 MiB for the program itself; what it does not use of them may keep blocks of the disk tier. `cached`: no limit, and the files are
+in the page cache. The reader reads the same bytes front to back with 4 MiB calls under the same limit; `of the reader` is the disk
+tier's bytes for each token, over the time of a token, beside its rate.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from modelrig.loading import paging
 from modelrig.loading.filling import Wanted
 from modelrig.loading.offload import Unit
 from modelrig.loading.paging import MainMemory, Paging
-from modelrig.planning.environment import read_environment
+from modelrig.planning.environment import read_memory
 from residue import resident_bytes
 from streamed import WIDE, Wide, streamed, streamer_of
 
@@ -30,9 +30,8 @@ def units(*sizes: int) -> list[Unit]:
 
 @pytest.fixture
 def free(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    environment = read_environment()
-    memory = evolve(environment.memory, available_bytes=request.param)
-    monkeypatch.setattr(paging, "read_environment", lambda: evolve(environment, memory=memory))
+    memory = evolve(read_memory(Path("/")), available_bytes=request.param)
+    monkeypatch.setattr(paging, "read_memory", lambda root: memory)
 
 
 def ways(memory: MainMemory, *sizes: int, has_room: bool = False) -> str:
@@ -103,9 +102,8 @@ def test_without_a_limit_what_was_used_stays(wide_folder: Path) -> None:
 def test_some_stay_and_the_rest_takes_turns(wide_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = Wide()
     modelrig.load_checkpoint(whole, wide_folder)
-    environment = read_environment()
-    room = evolve(environment.memory, available_bytes=60 * MIB)  # of 128
-    monkeypatch.setattr(paging, "read_environment", lambda: evolve(environment, memory=room))
+    room = evolve(read_memory(Path("/")), available_bytes=60 * MIB)  # of 128
+    monkeypatch.setattr(paging, "read_memory", lambda root: room)
     module = streamed(wide_folder, Wide)
     streamer = streamer_of(module)
     assert [unit.unit.paging for unit in streamer._states].count(Paging.KEPT) in range(3, 6)

@@ -113,7 +113,7 @@ def load_and_dispatch(
         assign(matched, tensors, states)
         _move_rest(module, runs_on)
         if strict:
-            require_data(module, matched)
+            require_data(module)
         if streamer is not None:
             streamer.attach(_holders(module, matched, streamer.slotted))
             stack.pop_all()

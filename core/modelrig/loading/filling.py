@@ -145,14 +145,16 @@ class Filler:
                         stitched = allocate_to_stitch(one, entries)
                         if stitched is not None:
                             to_stitch.add(one.name)
-                        tensors[one.name] = stitched if stitched is not None else _allocate(one)
+                        tensors[one.name] = _allocate(one) if stitched is None else stitched
                     tensor = tensors[one.name]
                     edges = stitch(self.file(number), entry, part, one, tensor) if one.name in to_stitch else None
-                    if edges is not None:
-                        mapped_here = entry.nbytes - sum(edge.entry.nbytes for edge in edges)
-                        mapped += mapped_here
-                        counter.tell(mapped_here)
-                    todo += pieces(entry, part, tensor) if edges is None else edges
+                    if edges is None:
+                        todo += pieces(entry, part, tensor)
+                        continue
+                    todo += edges
+                    mapped_here = entry.nbytes - sum(edge.entry.nbytes for edge in edges)
+                    mapped += mapped_here
+                    counter.tell(mapped_here)
                 if todo and pool is None:
                     pool = stack.enter_context(ThreadPoolExecutor(READERS_ON_NETWORK, thread_name_prefix="modelrig-read"))
                 if todo and pool is not None:
@@ -407,8 +409,8 @@ class _Counter:
             self.done = min(self.total, self.done + count)
 
     def tell(self, count: int) -> None:
-        """From the thread that reports, while no other counts."""
-        self.done = min(self.total, self.done + count)
+        """Both, from the thread that reports."""
+        self.add(count)
         self.report()
 
     def report(self) -> None:

@@ -120,7 +120,7 @@ def _load(
         filler.check_unchanged()
         assign(matched, tensors, states)
     if strict:
-        require_data(module, matched)
+        require_data(module)
     return matched.keys
 
 
@@ -171,7 +171,7 @@ def match_module(module: nn.Module, opened: Opened, mapping: Sequence[Rule], str
             first[id(value)] = name
     for name, value in tensors.items():
         names[name] = first[id(value)]
-    owners = _with_names(module)
+    owners = dict(module.named_modules(remove_duplicate=False))
     counters = set(_counters(owners))
     missing = [name for name in state if names.get(name, name) not in stored and name not in counters]
     unexpected = [name for name in stored if name not in state]
@@ -199,19 +199,6 @@ def match_module(module: nn.Module, opened: Opened, mapping: Sequence[Rule], str
         )
     _require_equal_ties(stored, names, opened)
     return Matched(fills, tensors, names, extra, IncompatibleKeys(missing, unexpected), owners)
-
-
-def _with_names(module: nn.Module) -> dict[str, nn.Module]:
-    """What `named_modules(remove_duplicate=False)` gives, in another order and a third of the time."""
-    found = {"": module}
-    todo = [("", module)]
-    for prefix, part in todo:  # which grows
-        for leaf, child in part._modules.items():
-            if child is not None:
-                name = prefix + leaf
-                found[name] = child
-                todo.append((name + ".", child))
-    return found
 
 
 def _shape(value: Tensor) -> str:
@@ -310,9 +297,9 @@ def like(value: Tensor, tensor: Tensor) -> Tensor:
     return parameter
 
 
-def require_data(module: nn.Module, matched: Matched) -> None:
+def require_data(module: nn.Module) -> None:
     """Raise `LoadError` (LD-META) if a parameter or buffer is still without data."""
-    held = (one for part in matched.owners.values() for one in (*part._parameters.values(), *part._buffers.values()))
+    held = (one for part in module.modules() for one in (*part._parameters.values(), *part._buffers.values()))
     if any(one is not None and one.is_meta for one in held):
         empty = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
         raise LoadError(

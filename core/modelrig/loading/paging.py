@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from enum import Enum
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from attrs import evolve, frozen
 
-from modelrig.planning.environment import read_environment
+from modelrig.planning.environment import read_memory
 
 if TYPE_CHECKING:
     from modelrig.loading.filling import Wanted
@@ -46,8 +47,7 @@ class MainMemory:
 
     def can_cache(self, wanted: Iterable[Wanted]) -> bool:
         """Whether it holds all of these, and so the files of those that are on disk."""
-        free = self._free_bytes()
-        return free is None or _nbytes(wanted) <= free
+        return _nbytes(wanted) <= self._free_bytes()
 
     def paged(self, units: Sequence[Unit], *, has_room: bool) -> list[Unit]:
         """The units with what becomes of their pages. `has_room`: what is free, `max_memory` or not, can hold the whole model."""
@@ -55,12 +55,11 @@ class MainMemory:
             return [evolve(unit, paging=Paging.DROPPED if self.is_limited else Paging.KEPT) for unit in units]
         # Of what is looked up by rows few pages are touched, and they are not read into slots.
         sizes = [_nbytes(one for one in unit.wanted if one.name not in unit.gathered) for unit in units]
-        kept = set() if self.is_limited else _spaced(sizes, self._free_bytes() or 0)
+        kept = set() if self.is_limited else _spaced(sizes, self._free_bytes())
         return [evolve(unit, paging=Paging.KEPT if number in kept else Paging.AROUND) for number, unit in enumerate(units)]
 
-    def _free_bytes(self) -> int | None:
-        available = read_environment().available_bytes("cpu")
-        return None if available is None else available - self.reserved_bytes
+    def _free_bytes(self) -> int:
+        return read_memory(Path("/")).available_bytes - self.reserved_bytes
 
 
 UNLIMITED = MainMemory()

@@ -261,7 +261,7 @@ def fetch_pages(tensor: Tensor) -> None:
     """Bring the pages behind a view of a mapped file into memory, read from the disk where the page cache lacks them.
 
     A hint: what cannot be fetched (an older kernel, a file that shrank) is left to the first use. What is read from the disk is
-    read into huge pages where the file system can: they are mapped and dropped with a tenth of the effort.
+    read into huge pages where the file system can: mapping and dropping those takes less (docs/decisions/0012).
     """
     start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
     end = tensor.data_ptr() + tensor.nbytes

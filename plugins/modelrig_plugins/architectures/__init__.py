@@ -20,7 +20,7 @@ def modelrig_architectures() -> list[Architecture]:
         Architecture(
             name=name,
             summary=summary,
-            planner=f"modelrig_plugins.architectures.{name}:{name.capitalize()}Planner",
+            planner=f"modelrig_plugins.architectures.{name}:PLANNER",
             implementation="modelrig_plugins.architectures.decoder_module:DecoderBuilder",
             model_types={name},
         )

@@ -2,7 +2,7 @@
 
 A family is a `Family` with what it fixes, or takes by default, where others ask the config:
 
-    MistralPlanner = DecoderPlanner(Family(name="mistral", max_positions=131_072, key_value_heads=8, windows=windows))
+    PLANNER = DecoderPlanner(Family(name="mistral", max_positions=131_072, key_value_heads=8, windows=windows))
 """
 
 from __future__ import annotations

@@ -4,4 +4,4 @@ from __future__ import annotations
 
 from modelrig_plugins.architectures.decoder import DecoderPlanner, Family
 
-LlamaPlanner = DecoderPlanner(Family(name="llama", max_positions=2048))
+PLANNER = DecoderPlanner(Family(name="llama", max_positions=2048))

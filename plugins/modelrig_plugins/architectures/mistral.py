@@ -10,7 +10,7 @@ def windows(reader: ConfigReader, layers: int) -> Windows:
     return (read_window(reader),) * layers
 
 
-MistralPlanner = DecoderPlanner(
+PLANNER = DecoderPlanner(
     Family(
         name="mistral",
         max_positions=131_072,

@@ -14,7 +14,7 @@ def windows(reader: ConfigReader, layers: int) -> Windows:
     return read_layer_types(reader, layers, window, usual)
 
 
-Qwen2Planner = DecoderPlanner(
+PLANNER = DecoderPlanner(
     Family(
         name="qwen2",
         max_positions=32_768,

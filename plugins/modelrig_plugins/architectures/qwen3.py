@@ -5,7 +5,7 @@ from __future__ import annotations
 from modelrig_plugins.architectures.decoder import DecoderPlanner, Family
 from modelrig_plugins.architectures.qwen2 import windows
 
-Qwen3Planner = DecoderPlanner(
+PLANNER = DecoderPlanner(
     Family(
         name="qwen3",
         max_positions=32_768,
