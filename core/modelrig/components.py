@@ -488,17 +488,23 @@ class ModelFacts:
     config: Any  # the planner's own frozen config, handed to the builder
     parameters: tuple[Parameter, ...]
     blocks: tuple[str, ...]  # module names of the blocks, in execution order
-    layers: tuple[AttentionSpec, ...]  # one per block that has a key/value cache
+    layers: tuple[AttentionSpec, ...]  # one per block that attends
     ties: Mapping[str, str] = Factory(dict)  # module name → module name of the parameter it shares
     hidden_size: int
     intermediate_size: int
     vocab_size: int
-    context_length: int  # longest sequence the config allows
+    context_length: int  # longest sequence the config was made for
     dtype: str | None  # what config.json asks for
     generates: bool = True
+    position_limit: int | None = None  # no sequence can be longer, since positions are rows of a table
     ignored: tuple[str, ...] = ()  # stored tensors the module does not use, on purpose (e.g. rotary inv_freq)
     empty: tuple[str, ...] = ()  # modules without parameters that other tools' device maps name (e.g. model.rotary_emb)
     notes: tuple[str, ...] = ()
+
+    @property
+    def cached_layers(self) -> tuple[AttentionSpec, ...]:
+        """Those that keep keys and values: what looks at later tokens too cannot be continued."""
+        return tuple(spec for spec in self.layers if spec.causal)
 
 
 class ArchitecturePlanner(Protocol):
@@ -513,7 +519,7 @@ class ModuleBuilder(Protocol):
     """Builds what its planner described."""
 
     def build(self, facts: ModelFacts, context: Any) -> nn.Module:
-        """The module on the meta device, parameter names as in `facts`. `context` is a `modelrig.modules.decoder.BuildContext`.
+        """The module on the meta device, parameter names as in `facts`. `context` is a `modelrig.modules.network.BuildContext`.
 
         The module offers `step(ids, slots, last_only=False)`: ids int64 [batch, count] → logits [batch, count or 1, vocab];
         `init_buffers(device)`, which computes buffers that are not loaded; and `bind(linear)`, called last, which gives every

@@ -96,7 +96,7 @@ def _load(plan: Plan, progress: Callable[[int, int], None] | None) -> Model:
     from modelrig.loading.fetch import fetch
     from modelrig.loading.materialise import materialise
     from modelrig.loading.paging import MainMemory
-    from modelrig.modules.decoder import BuildContext
+    from modelrig.modules.network import BuildContext
     from modelrig.planning.ledger import ACTIVATIONS, CACHE
     from modelrig.planning.memory import asked_limit
     from modelrig.planning.placement_maps import resolve

@@ -41,8 +41,7 @@ def test_rotation_turns_pairs_by_position_times_frequency() -> None:
     rotary.init_buffers(CPU)
     positions = torch.tensor([[0, 5, 17], [3, 4, 60]])
     x = torch.randn(2, 4, 3, 6)
-    cos, sin = rotary(positions)
-    actual = apply_rotary(x, cos, sin)
+    actual = apply_rotary(x, rotary(positions))
     for b in range(2):
         for t in range(3):
             for pair in range(3):

@@ -1,4 +1,4 @@
-"""The decoder-only transformer that most families share: pre-norm blocks with rotary attention and a gated feed-forward.
+"""The decoder-only transformer that most families share: rotary attention and a gated feed-forward, in three arrangements.
 
 Module and parameter names are Hugging Face's, so a checkpoint's names need no mapping. A family composes or subclasses these;
 it does not copy them.
@@ -11,33 +11,26 @@ Shapes: b batch, t tokens of this step, h heads, d head_dim, s slots.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from attrs import frozen
 from torch import Tensor, nn
 
 from modelrig.checkpoint.rope import RopeSpec
-from modelrig.components import AttentionKernel, AttentionSpec, LayerCache, LinearMaker
+from modelrig.components import AttentionSpec, LayerCache
+from modelrig.modules.embedding import Embedding
 from modelrig.modules.linear import Linear
-from modelrig.modules.norms import RMSNorm
-from modelrig.modules.rotary import Rotary, apply_rotary
+from modelrig.modules.network import BuildContext, Masks, Network
+from modelrig.modules.rotary import Rotary, Rotation, apply_rotary
 from modelrig.modules.slots import Slots
 
-
-@frozen
-class BuildContext:
-    """What a builder needs besides the facts: the parts that were negotiated, and the dtype to compute in."""
-
-    attention: AttentionKernel
-    linear: LinearMaker
-    dtype: torch.dtype
+MakeNorm = Callable[[int], nn.Module]  # of a size
 
 
 class Attention(nn.Module):
-    """Projections around the attention slot; with `norm_epsilon`, queries and keys of each head are normalised."""
+    """Projections around the attention slot. With `head_norm`, queries and keys of each head are normalised; with `wide_norm`, all
+    heads' together."""
 
     def __init__(
         self,
@@ -46,31 +39,55 @@ class Attention(nn.Module):
         bias: bool,
         output_bias: bool,
         context: BuildContext,
-        norm_epsilon: float | None = None,
+        head_norm: MakeNorm | None = None,
+        wide_norm: MakeNorm | None = None,
     ) -> None:
         super().__init__()
         self.spec, self.attend = spec, context.attention.attend
+        self.has_head_norm, self.has_wide_norm = head_norm is not None, wide_norm is not None
         queries, keys = spec.num_heads * spec.head_dim, spec.num_key_value_heads * spec.head_dim
-        self.q_proj = Linear(hidden, queries, bias, context.dtype)
-        self.k_proj = Linear(hidden, keys, bias, context.dtype)
-        self.v_proj = Linear(hidden, spec.num_key_value_heads * spec.value_dim, bias, context.dtype)
+        self.make_projections(hidden, (queries, keys, spec.num_key_value_heads * spec.value_dim), bias, context)
         self.o_proj = Linear(spec.num_heads * spec.value_dim, hidden, output_bias, context.dtype)
-        self.has_norms = norm_epsilon is not None
-        if norm_epsilon is not None:
-            self.q_norm = RMSNorm(spec.head_dim, norm_epsilon, context.dtype)
-            self.k_norm = RMSNorm(spec.head_dim, norm_epsilon, context.dtype)
+        if head_norm is not None:
+            self.q_norm, self.k_norm = head_norm(spec.head_dim), head_norm(spec.head_dim)
+        elif wide_norm is not None:
+            self.q_norm, self.k_norm = wide_norm(queries), wide_norm(keys)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Any, slots: Slots, layer: LayerCache) -> Tensor:
+    def make_projections(self, hidden: int, sizes: tuple[int, int, int], bias: bool, context: BuildContext) -> None:
+        self.q_proj, self.k_proj, self.v_proj = (Linear(hidden, size, bias, context.dtype) for size in sizes)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, the heads of each side by side."""
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+
+    def forward(self, x: Tensor, rotation: Rotation | None, mask: Any, slots: Slots, layer: LayerCache) -> Tensor:
         b, t = slots.positions.shape
         spec = self.spec
-        q = heads_first(self.q_proj(x), b, t, spec.num_heads, spec.head_dim)
-        k = heads_first(self.k_proj(x), b, t, spec.num_key_value_heads, spec.head_dim)
-        v = heads_first(self.v_proj(x), b, t, spec.num_key_value_heads, spec.value_dim)
-        if self.has_norms:
+        q, k, v = self.project(x)
+        if self.has_wide_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        keys, values = layer.update(apply_rotary(k, cos, sin), v, slots)
-        y = self.attend(apply_rotary(q, cos, sin), keys, values, mask, spec)  # [b, t, h * d]
+        q = heads_first(q, b, t, spec.num_heads, spec.head_dim)
+        k = heads_first(k, b, t, spec.num_key_value_heads, spec.head_dim)
+        v = heads_first(v, b, t, spec.num_key_value_heads, spec.value_dim)
+        if self.has_head_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rotation is not None:
+            q, k = apply_rotary(q, rotation), apply_rotary(k, rotation)
+        keys, values = layer.update(k, v, slots)
+        y = self.attend(q, keys, values, mask, spec)  # [b, t, h * d]
         return self.o_proj(y.view(x.shape[:-1] + y.shape[-1:]))
+
+
+class FusedAttention(Attention):
+    """An `Attention` whose queries, keys and values come from one weight, one after the other."""
+
+    def make_projections(self, hidden: int, sizes: tuple[int, int, int], bias: bool, context: BuildContext) -> None:
+        self.sizes = sizes
+        self.qkv_proj = Linear(hidden, sum(sizes), bias, context.dtype)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = self.qkv_proj(x).split(self.sizes, dim=-1)
+        return q, k, v
 
 
 def heads_first(x: Tensor, b: int, t: int, heads: int, dim: int) -> Tensor:
@@ -94,90 +111,153 @@ class GatedMLP(nn.Module):
         return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
 
 
-class DecoderBlock(nn.Module):
-    def __init__(self, hidden: int, epsilon: float, attention: nn.Module, mlp: nn.Module, dtype: torch.dtype) -> None:
+class FusedMLP(nn.Module):
+    """A `GatedMLP` whose gate and up come from one weight, one after the other."""
+
+    def __init__(self, hidden: int, intermediate: int, bias: bool, act: Callable[[Tensor], Tensor], context: BuildContext) -> None:
+        super().__init__()
+        self.gate_up_proj = Linear(hidden, 2 * intermediate, bias, context.dtype)
+        self.down_proj = Linear(intermediate, hidden, bias, context.dtype)
+        self.act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(self.act(gate) * up)
+
+
+class PreNormBlock(nn.Module):
+    """What goes into attention and feed-forward is normalised; what comes out is weighed with `residual`."""
+
+    def __init__(self, hidden: int, norm: MakeNorm, attention: nn.Module, mlp: nn.Module, residual: float = 1.0) -> None:
+        super().__init__()
+        self.self_attn, self.mlp, self.residual = attention, mlp, residual
+        self.input_layernorm, self.post_attention_layernorm = norm(hidden), norm(hidden)
+
+    def forward(self, x: Tensor, rotation: Rotation | None, mask: Any, slots: Slots, layer: LayerCache) -> Tensor:
+        x = torch.add(x, self.self_attn(self.input_layernorm(x), rotation, mask, slots, layer), alpha=self.residual)
+        return torch.add(x, self.mlp(self.post_attention_layernorm(x)), alpha=self.residual)
+
+
+class PostNormBlock(nn.Module):
+    """What comes out of attention and feed-forward is normalised."""
+
+    def __init__(self, hidden: int, norm: MakeNorm, attention: nn.Module, mlp: nn.Module) -> None:
         super().__init__()
         self.self_attn, self.mlp = attention, mlp
-        self.input_layernorm = RMSNorm(hidden, epsilon, dtype)
-        self.post_attention_layernorm = RMSNorm(hidden, epsilon, dtype)
+        self.post_attention_layernorm, self.post_feedforward_layernorm = norm(hidden), norm(hidden)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Any, slots: Slots, layer: LayerCache) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, slots, layer)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def forward(self, x: Tensor, rotation: Rotation | None, mask: Any, slots: Slots, layer: LayerCache) -> Tensor:
+        x = x + self.post_attention_layernorm(self.self_attn(x, rotation, mask, slots, layer))
+        return x + self.post_feedforward_layernorm(self.mlp(x))
 
 
-class Embedding(nn.Module):
-    def __init__(self, rows: int, size: int, dtype: torch.dtype) -> None:
+class SandwichBlock(nn.Module):
+    """What goes into attention and feed-forward is normalised, and what comes out too."""
+
+    def __init__(self, hidden: int, norm: MakeNorm, attention: nn.Module, mlp: nn.Module) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(rows, size, dtype=dtype, device="meta"), requires_grad=False)
+        self.self_attn, self.mlp = attention, mlp
+        self.input_layernorm, self.post_attention_layernorm = norm(hidden), norm(hidden)
+        self.pre_feedforward_layernorm, self.post_feedforward_layernorm = norm(hidden), norm(hidden)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        return F.embedding(ids, self.weight)
+    def forward(self, x: Tensor, rotation: Rotation | None, mask: Any, slots: Slots, layer: LayerCache) -> Tensor:
+        y = self.self_attn(self.input_layernorm(x), rotation, mask, slots, layer)
+        x = x + self.post_attention_layernorm(y)
+        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
 
 
 class Decoder(nn.Module):
-    """Embedding, blocks, final norm."""
+    """Embedding, blocks, final norm.
+
+    Args:
+        ropes: of each layer; None where it knows no positions.
+        scale: what embeddings are multiplied by, rounded to the model's dtype.
+    """
 
     def __init__(
         self,
         vocab: int,
         hidden: int,
-        epsilon: float,
-        blocks: list[DecoderBlock],
+        blocks: Sequence[nn.Module],
+        norm: nn.Module,
         specs: tuple[AttentionSpec, ...],
-        rope: RopeSpec,
+        ropes: tuple[RopeSpec | None, ...],
         context: BuildContext,
+        scale: float = 1.0,
     ) -> None:
         super().__init__()
         self.embed_tokens = Embedding(vocab, hidden, context.dtype)
         self.layers = nn.ModuleList(blocks)
-        self.norm = RMSNorm(hidden, epsilon, context.dtype)
-        self.rotary = Rotary(rope, context.dtype)
-        self.vector = context.linear.vector
-        self.prepare = context.attention.prepare
-        self.specs = tuple(dict.fromkeys(specs))  # distinct ones, in order of appearance
-        self.mask_of_layer = tuple(self.specs.index(spec) for spec in specs)
+        self.norm = norm
+        self.scale = float(torch.tensor(scale, dtype=context.dtype))
+        distinct = tuple(dict.fromkeys(rope for rope in ropes if rope is not None))
+        self.rotaries = nn.ModuleList(Rotary(rope, context.dtype) for rope in distinct)
+        self.rotary_of_layer = tuple(len(distinct) if rope is None else distinct.index(rope) for rope in ropes)
+        self.vector, self.masks = context.linear.vector, Masks(specs, context)
+
+    @property
+    def depends_on_length(self) -> bool:
+        return any(rotary.spec.depends_on_length for rotary in self.rotaries)  # type: ignore[union-attr]
 
     def forward(self, ids: Tensor, slots: Slots) -> Tensor:  # ids: [b, t] -> [b * t, hidden] or [hidden]
         x = self.embed_tokens(ids.view(()) if self.vector and ids.numel() == 1 else ids.reshape(-1))
-        cos, sin = self.rotary(slots.positions)
-        masks = [self.prepare(spec, slots.visible(spec)) for spec in self.specs]
-        for block, mask, layer in zip(self.layers, self.mask_of_layer, slots.layers, strict=True):
-            x = block(x, cos, sin, masks[mask], slots, layer)
+        if self.scale != 1.0:
+            x = x * self.scale
+        rotations = [*(rotary(slots.positions) for rotary in self.rotaries), None]
+        for block, rotary, mask, layer in zip(self.layers, self.rotary_of_layer, self.masks(slots), slots.layers, strict=True):
+            x = block(x, rotations[rotary], mask, slots, layer)
         return self.norm(x)
 
 
-class CausalLM(nn.Module):
-    """A decoder with a language-model head; `step` is what generation calls and compilers compile."""
+class CausalLM(Network):
+    """A decoder with a language-model head; `step` is what generation calls and compilers compile.
 
-    def __init__(self, model: Decoder, vocab: int, hidden: int, tied: bool, context: BuildContext) -> None:
+    Args:
+        decoder: a module (ids, slots) → hidden states, with the embedding that a tied head shares, and `depends_on_length`.
+        name: what checkpoints call it.
+        embedding: what checkpoints call its embedding.
+        logit_scale: what logits are multiplied by.
+        logit_cap: what they then stay below: cap * tanh(logits / cap).
+    """
+
+    def __init__(
+        self,
+        decoder: nn.Module,
+        vocab: int,
+        hidden: int,
+        tied: bool,
+        context: BuildContext,
+        *,
+        name: str = "model",
+        embedding: str = "embed_tokens",
+        logit_scale: float = 1.0,
+        logit_cap: float | None = None,
+    ) -> None:
         super().__init__()
-        self.model = model
+        self.add_module(name, decoder)
+        self.name, self.logit_scale, self.logit_cap = name, logit_scale, logit_cap
         self.lm_head = Linear(hidden, vocab, False, context.dtype)
         if tied:
-            self.lm_head.weight = model.embed_tokens.weight
+            self.lm_head.weight = decoder.get_submodule(embedding).weight  # type: ignore[assignment]
+
+    @property
+    def decoder(self) -> nn.Module:
+        return self._modules[self.name]  # type: ignore[return-value]
 
     @property
     def chunkable(self) -> bool:
         """A prompt may be prefilled in parts without changing its result."""
-        return not self.model.rotary.spec.depends_on_length
+        return not self.decoder.depends_on_length
 
     def step(self, ids: Tensor, slots: Slots, last_only: bool = False) -> Tensor:
         """ids int64 [b, t] → logits [b, t, vocab], or [b, 1, vocab] with `last_only`."""
         b, t = ids.shape
-        x = self.model(ids, slots)
+        x = self.decoder(ids, slots)
         if last_only and t > 1:
             x, t = x.view(b, t, -1)[:, -1], 1
-        return self.lm_head(x).view(b, t, -1)
+        logits = self.lm_head(x).view(b, t, -1)
+        if self.logit_scale != 1.0:
+            logits = logits * self.logit_scale
+        return logits if self.logit_cap is None else torch.tanh(logits / self.logit_cap) * self.logit_cap
 
     forward = step
-
-    def init_buffers(self, device: torch.device) -> None:
-        for module in self.modules():
-            if isinstance(module, RMSNorm | Rotary):
-                module.init_buffers(device)
-
-    def bind(self, linear: LinearMaker) -> None:
-        for module in self.modules():
-            if isinstance(module, Linear):
-                module.bind(linear)

@@ -8,6 +8,7 @@ transformers' `modeling_rope_utils.py`, so that logits agree.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -64,11 +65,18 @@ def _yarn_attention_factor(spec: RopeSpec) -> float:
     return magnitude(spec.factor)
 
 
-class Rotary(nn.Module):
-    """Positions [batch, count] → cos and signed sin, each [batch, 1, count, dim], in the model's dtype.
+class Rotation(NamedTuple):
+    """How far to turn each pair of dimensions: [batch, 1, count, dim], in the model's dtype.
 
     The sign of rotate-half is folded into sin: its first half is negated, so that `apply_rotary` needs no negation.
     """
+
+    cos: Tensor
+    sin: Tensor
+
+
+class Rotary(nn.Module):
+    """Positions [batch, count] → their `Rotation`."""
 
     inverse: Tensor
 
@@ -82,13 +90,13 @@ class Rotary(nn.Module):
         inverse, self.scale = inverse_frequencies(self.spec)
         self.inverse = inverse.to(device)
 
-    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, positions: Tensor) -> Rotation:
         inverse = self._stretched(positions) if self.spec.depends_on_length else self.inverse
         angles = (positions[:, :, None].to(torch.float32) * inverse)[:, None]
         cos, sin = angles.cos(), angles.sin()
         if self.scale != 1.0:
             cos, sin = cos * self.scale, sin * self.scale
-        return torch.cat((cos, cos), dim=-1).to(self.dtype), torch.cat((-sin, sin), dim=-1).to(self.dtype)
+        return Rotation(torch.cat((cos, cos), dim=-1).to(self.dtype), torch.cat((-sin, sin), dim=-1).to(self.dtype))
 
     def _stretched(self, positions: Tensor) -> Tensor:
         """Dynamic NTK: inverse frequencies [batch, 1, dim / 2] that grow with each row's own length, rows being independent."""
@@ -99,6 +107,11 @@ class Rotary(nn.Module):
         return 1.0 / ((spec.theta * stretch)[:, None, None] ** steps)
 
 
-def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x [batch, heads, count, dim] by `cos` and signed `sin` [batch, 1, count, dim]."""
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
+def apply_rotary(x: Tensor, rotation: Rotation) -> Tensor:
+    """Rotate x [batch, heads, count, head_dim]; of a rotation of fewer dimensions, the first of each head."""
+    cos, sin = rotation
+    dim = cos.shape[-1]
+    if dim == x.shape[-1]:
+        return torch.addcmul(x * cos, x.roll(dim // 2, dims=-1), sin)
+    turned, kept = x[..., :dim], x[..., dim:]
+    return torch.cat((torch.addcmul(turned * cos, turned.roll(dim // 2, dims=-1), sin), kept), dim=-1)

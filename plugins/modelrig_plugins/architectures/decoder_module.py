@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from modelrig.components import ModelFacts
 from modelrig.modules.activations import FUNCTIONS
-from modelrig.modules.decoder import Attention, BuildContext, CausalLM, Decoder, DecoderBlock, GatedMLP
+from modelrig.modules.decoder import Attention, CausalLM, Decoder, GatedMLP, PreNormBlock
+from modelrig.modules.network import BuildContext
+from modelrig.modules.norms import RMSNorm
 
 
 class DecoderBuilder:
     @staticmethod
     def build(facts: ModelFacts, context: BuildContext) -> CausalLM:
         config = facts.config
-        hidden, epsilon = config.hidden_size, config.rms_norm_eps
+        hidden = config.hidden_size
+        norm = partial(RMSNorm, epsilon=config.rms_norm_eps, dtype=context.dtype)
         blocks = [
-            DecoderBlock(
+            PreNormBlock(
                 hidden,
-                epsilon,
-                Attention(hidden, spec, config.qkv_bias, config.output_bias, context, epsilon if config.qk_norm else None),
+                norm,
+                Attention(hidden, spec, config.qkv_bias, config.output_bias, context, norm if config.qk_norm else None),
                 GatedMLP(hidden, config.intermediate_size, config.mlp_bias, FUNCTIONS[config.hidden_act], context),
-                context.dtype,
             )
             for spec in facts.layers
         ]
-        decoder = Decoder(config.vocab_size, hidden, epsilon, blocks, facts.layers, config.rope, context)
+        ropes = (config.rope,) * len(blocks)
+        decoder = Decoder(config.vocab_size, hidden, blocks, norm(hidden), facts.layers, ropes, context)
         return CausalLM(decoder, config.vocab_size, hidden, config.tied, context)
