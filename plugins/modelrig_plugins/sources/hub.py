@@ -24,7 +24,7 @@ from modelrig_plugins.sources import hub_remote
 from modelrig_plugins.sources.local import blobs_of, existing_path
 
 NAME = "hub"
-SMALL_SUFFIXES = (".json", ".jinja", ".model")
+SMALL_SUFFIXES = (".json", ".jinja", ".model", ".tiktoken")
 SMALL_NAMES = ("merges.txt", "vocab.txt")
 SMALL_BYTES = 100_000_000
 TEMPLATES = "additional_chat_templates/"
