@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import shutil
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,7 @@ import torch
 
 import modelrig
 from checkpoints import write_llama
-from modelrig.errors import CacheError, GenerateError, LoadError, ModelrigError, ResourceLimitError
+from modelrig.errors import CacheError, GenerateError, LoadError, ModelrigError, ResourceLimitError, TokenizerError
 from modelrig.generation.loop import Generation, Piece
 from tokenizer_folders import byte_level, write
 
@@ -524,6 +525,42 @@ def test_without_a_tokenizer_ids_work_and_text_is_a_typed_error(bare: modelrig.M
         with pytest.raises(GenerateError) as caught:
             use()
         assert "GN-TOKENIZER" == caught.value.code
+
+
+def test_with_a_tokenizer_in_another_form_ids_work_and_text_says_how_to_convert_it(llama_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(llama_folder, tmp_path / "model"))
+    (folder / "tokenizer.model").write_bytes(b"\x0a\x0e\x0a\x05<unk>")
+    with modelrig.load(folder) as model:
+        assert model.tokenizer is None
+        assert any("SentencePiece" in note for note in model.plan.notes)
+        assert 3 == len(model.generate(PROMPT, max_new_tokens=3).tokens)
+        session = model.session()
+        assert 2 == len(session.generate(PROMPT, max_new_tokens=2).tokens)
+        for use in (
+            lambda: model.generate("text"),
+            lambda: model.generate([PROMPT, "text"]),
+            lambda: model.stream("text"),
+            lambda: model.generate(messages=[{"role": "user", "content": "x"}]),
+            lambda: model.chat_prompt([{"role": "user", "content": "x"}]),
+            lambda: model.generate(PROMPT, stop="x"),
+            lambda: session.generate("text"),
+            lambda: session.send("text"),
+        ):
+            with pytest.raises(TokenizerError, match="SentencePiece") as caught:
+                use()
+            assert "TK-MISSING" == caught.value.code
+            assert "pip install transformers sentencepiece protobuf" in caught.value.hint
+        assert 3 == len(model.generate(PROMPT, max_new_tokens=3).tokens)
+
+
+def test_a_broken_tokenizer_is_found_before_weights_are_read(
+    llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(llama_folder, tmp_path / "model"))
+    (folder / "tokenizer.json").write_text("{}")
+    monkeypatch.setattr("modelrig.loading.materialise.materialise", None)
+    with pytest.raises(TokenizerError, match="TK-JSON"):
+        modelrig.load(folder)
 
 
 @pytest.mark.parametrize(

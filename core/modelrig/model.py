@@ -22,12 +22,14 @@ from modelrig.planning.identify import check_reference, possible_folder
 from modelrig.planning.pipeline import make_plan
 from modelrig.planning.placement_maps import require_one_gpu
 from modelrig.planning.plan import RigPlan
+from modelrig.planning.tokenizer_files import find_other_form, no_text
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from modelrig.checkpoint.saving.protocol import SaveReport
     from modelrig.components import Cache
+    from modelrig.generation.defaults import Call
     from modelrig.generation.loop import Engine, Generation, Piece, Run
     from modelrig.generation.options import GenerateOptions
     from modelrig.generation.session import Session
@@ -106,9 +108,9 @@ def _load(plan: Plan, progress: Callable[[int, int], None] | None) -> Model:
     snapshot, catalog = fetch(plan.snapshot, plan.catalog, parts["sources"], plan.choices["formats"].registered.planner(), progress)
     for kind in ("attention", "quantizers"):  # these two have one object per model
         parts[kind] = parts[kind](plan.choices[kind].options)
-    tokenizer = Tokenizer.from_folder(
-        snapshot.root, plan.facts.vocab_size, snapshot.link_roots
-    )  # before the weights: it may be what is wrong
+    tokenizer = None  # in another form it is noted in the plan, and ids work without it
+    if find_other_form(snapshot) is None:  # before the weights: it may be what is wrong
+        tokenizer = Tokenizer.from_folder(snapshot.root, plan.facts.vocab_size, snapshot.link_roots)
     context = BuildContext(parts["attention"], parts["quantizers"], dtype)
     with torch.inference_mode(False):  # parameters made in a caller's inference block would be of no use outside
         module = parts["architectures"].build(plan.facts, context)
@@ -136,7 +138,7 @@ class Model:
     Attributes:
         plan: what was decided.
         module: the torch module; parameters have Hugging Face's names.
-        tokenizer: None when the checkpoint has none; then prompts are token ids and results have no text.
+        tokenizer: None when the checkpoint has none that can be used; then prompts are token ids and results have no text.
         load_report: bytes mapped and copied, and seconds.
     """
 
@@ -148,6 +150,7 @@ class Model:
         from modelrig.generation.caches import CachePool
 
         self.plan, self.tokenizer, self.load_report = plan, tokenizer, filled.report
+        self._other_form = find_other_form(plan.snapshot) if tokenizer is None else None
         self._streamer = filled.streamer
         self._module: nn.Module | None = module
         self._parts = dict(parts)
@@ -326,7 +329,8 @@ class Model:
             messages: a conversation for the chat template, instead of a prompt.
             cache: a cache of yours, from `new_cache`; the prompt follows what it holds, and it keeps prompt and answer (of several
                 rows, those that end early are fed until the last one ends).
-            **options: see `modelrig.generation.options.GenerateOptions`. Without a temperature decoding is greedy.
+            **options: see `modelrig.generation.options.GenerateOptions`. Without a temperature decoding is greedy. Those left
+                out are as the checkpoint's generation_config.json says (`plan.generation`); None switches one off.
 
         With `num_return_sequences` above 1 a list is returned, sequences of a prompt side by side.
         """
@@ -346,21 +350,22 @@ class Model:
         """A conversation that keeps its cache across turns."""
         from modelrig.generation.session import Session
 
-        return Session(self.new_cache(1, max_len), self._encode_turn, self._start_turn)
+        return Session(self.new_cache(1, max_len), self._encode_turn, self._start_turn, self.plan.generation)
 
     def chat_prompt(self, messages: Sequence[Message]) -> str:
         """The conversation as the model's chat template writes it, with the answer's beginning."""
         if self.tokenizer is None:
-            raise GenerateError("GN-TOKENIZER", "this model has no tokenizer, so it cannot read messages")
+            raise no_text(self._other_form, "read messages")
         return self.tokenizer.render_chat(messages)
 
     def start(
         self, prompt: Any = None, *, messages: Sequence[Message] | None = None, cache: Cache | None = None, **given: Any
     ) -> Run:
         """The run behind `generate` and `stream`: iterate over it for pieces, then ask it for `results()`."""
-        from modelrig.generation.options import GenerateOptions
+        from modelrig.generation.defaults import Call
 
-        options = GenerateOptions.make(**given)
+        call = Call.make(self.plan.generation, given)
+        options = call.options
         follows = cache is not None and cache.length > 0
         prompts, is_single = self._ids(prompt, messages, follows)
         copies = options.num_return_sequences
@@ -368,7 +373,7 @@ class Model:
         longest, longest_ever = max(map(len, rows)), self.plan.facts.context_length
         padding = [longest - len(row) for row in rows]
         if cache is None:
-            limit = options.limit(longest, 0, self.plan.context, longest_ever, unfed=1)
+            limit = call.limit(longest, 0, self.plan.context, longest_ever, unfed=1)
             borrowed = self._pool.borrow(longest + limit - 1, padding)
             try:
                 run = self._run(borrowed, rows, rows, options, limit)
@@ -381,7 +386,7 @@ class Model:
                 raise CacheError("CA-ARGS", f"the cache has {cache.batch} rows, there are {len(rows)} prompts", locus="batch")
             if any(padding) and follows:
                 raise GenerateError("GN-INPUT", "prompts that continue a cache must have the same length, or run alone")
-            limit = options.limit(longest, cache.length, cache.capacity, longest_ever, unfed=0)
+            limit = call.limit(longest, cache.length, cache.capacity, longest_ever, unfed=0)
             run = self._run(cache, rows, rows, options, limit)
             run.keeps_answer = True
             if any(padding):
@@ -394,6 +399,7 @@ class Model:
         from modelrig.generation.inputs import as_prompts
 
         self._require_open()
+        size = self.plan.facts.vocab_size
         if not self.plan.facts.generates:
             raise GenerateError("GN-INPUT", f"a {self.plan.facts.architecture} model does not generate text")
         if (prompt is None) == (messages is None):
@@ -401,8 +407,8 @@ class Model:
         if messages is not None:
             text = self.chat_prompt(messages)
             assert self.tokenizer is not None
-            return as_prompts(self.tokenizer.encode(text, add_special_tokens=False), None, self.plan.facts.vocab_size)
-        return as_prompts(prompt, self.tokenizer, self.plan.facts.vocab_size, add_special_tokens=not follows)
+            return as_prompts(self.tokenizer.encode(text, add_special_tokens=False), None, size)
+        return as_prompts(prompt, self.tokenizer, size, add_special_tokens=not follows, other_form=self._other_form)
 
     def _run(
         self, cache: Cache, rows: Sequence[Sequence[int]], histories: Sequence[Sequence[int]], options: GenerateOptions, limit: int
@@ -427,9 +433,8 @@ class Model:
         from modelrig.generation.loop import Engine
 
         eos = self.tokenizer.eos_ids if self.tokenizer is not None else self.plan.eos_ids
-        return Engine(
-            self.step, getattr(self.module, "chunkable", True), self.plan.facts.vocab_size, self._device, self.tokenizer, tuple(eos)
-        )
+        chunkable, size = getattr(self.module, "chunkable", True), self.plan.facts.vocab_size
+        return Engine(self.step, chunkable, size, self._device, self.tokenizer, tuple(eos), self._other_form)
 
     def _encode_turn(self, prompt: Any, messages: Sequence[Message] | None, follows: bool) -> list[int]:
         rows, _ = self._ids(prompt, messages, follows)
@@ -437,8 +442,8 @@ class Model:
             raise GenerateError("GN-INPUT", "a session has one conversation, not a batch")
         return rows[0]
 
-    def _start_turn(self, cache: Cache, ids: list[int], kept: int, options: GenerateOptions) -> Run:
-        if options.num_return_sequences != 1:
+    def _start_turn(self, cache: Cache, ids: list[int], kept: int, call: Call) -> Run:
+        if call.options.num_return_sequences != 1:
             raise GenerateError("GN-ARGS", "a session has one answer a turn", locus="num_return_sequences")
-        limit = options.limit(len(ids) - kept, kept, cache.capacity, self.plan.facts.context_length, unfed=1)
-        return self._run(cache, [ids[kept:]], [ids], options, limit)
+        limit = call.limit(len(ids) - kept, kept, cache.capacity, self.plan.facts.context_length, unfed=1)
+        return self._run(cache, [ids[kept:]], [ids], call.options, limit)

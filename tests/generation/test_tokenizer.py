@@ -121,20 +121,11 @@ def test_a_folder_without_tokenizer_files_has_no_tokenizer(tmp_path):
     assert None is Tokenizer.from_folder(tmp_path, VOCAB)
 
 
-@pytest.mark.parametrize(
-    ("name", "said"),
-    [
-        ("tokenizer.model", "SentencePiece"),
-        ("qwen.tiktoken", "tiktoken"),
-        ("vocab.json", "BPE"),
-        ("tokenizer_config.json", "unknown"),
-    ],
-)
-def test_a_tokenizer_in_another_form_says_how_to_convert_it(tmp_path, name, said):
-    (tmp_path / name).write_bytes(b"\x0a\x00")
-    with pytest.raises(TokenizerError, match=said) as caught:
+def test_a_tokenizer_in_another_form_is_an_error_with_a_command(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(b"\x0a\x00")
+    with pytest.raises(TokenizerError, match="SentencePiece") as caught:
         Tokenizer.from_folder(tmp_path, VOCAB)
-    assert ("TK-MISSING", str(tmp_path / name)) == (caught.value.code, caught.value.path)
+    assert ("TK-MISSING", str(tmp_path / "tokenizer.model")) == (caught.value.code, caught.value.path)
     assert "save_pretrained" in caught.value.hint
 
 
@@ -165,6 +156,46 @@ def test_an_end_of_text_id_of_the_wrong_type_is_named(tmp_path, value):
     with pytest.raises(ConfigError) as caught:
         Tokenizer.from_folder(tmp_path, VOCAB)
     assert ("CF-TYPE", "eos_token_id") == (caught.value.code, caught.value.locus)
+
+
+SPECIAL = [
+    ({"tokenizer_config__json": {"bos_token": None, "eos_token": "<|im_end|>"}}, (None, 2, None)),
+    (
+        {"tokenizer_config__json": {"bos_token": {"__type": "AddedToken", "content": "<|endoftext|>", "lstrip": False}}},
+        (0, None, None),
+    ),
+    (
+        {
+            "tokenizer_config__json": {
+                "added_tokens_decoder": {"2": {"content": "<|im_end|>", "special": True}},
+                "extra_special_tokens": {"image_token": "<image>"},
+                "additional_special_tokens": ["<|im_start|>"],
+                "pad_token": "<|im_end|>",
+                "add_bos_token": True,
+            }
+        },
+        (None, None, 2),
+    ),
+    ({"tokenizer_config__json": {"extra_special_tokens": ["<a>"], "pad_token": "nowhere"}}, (None, None, None)),
+]
+
+
+@pytest.mark.parametrize(("files", "expected"), SPECIAL, ids=str)
+def test_special_tokens_are_found_in_every_way_they_are_written(tmp_path, files, expected):
+    tokenizer_folders.write(tmp_path, tokenizer_folders.byte_level(), **files)
+    found = Tokenizer.from_folder(tmp_path, VOCAB)
+    assert expected == (found.bos_id, next(iter(found.eos_ids), None), found.pad_id)
+
+
+def test_null_for_a_special_token_does_not_hide_what_the_other_file_says(tmp_path):
+    files = {"special_tokens_map__json": {"bos_token": "<|im_start|>"}, "tokenizer_config__json": {"bos_token": None}}
+    tokenizer_folders.write(tmp_path, tokenizer_folders.byte_level(), **files)
+    assert 1 == Tokenizer.from_folder(tmp_path, VOCAB).bos_id
+
+
+def test_a_vocabulary_smaller_than_the_models_is_fine(folder, tokenizer):
+    padded = Tokenizer.from_folder(folder, 10 * VOCAB)
+    assert tokenizer.encode("def add(a, b):") == padded.encode("def add(a, b):")
 
 
 TEMPLATES = [
@@ -240,3 +271,10 @@ def test_a_process_without_standard_error_can_load(folder):
     )
     done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=True)
     assert done.stdout.startswith(b"[")
+
+
+def test_a_git_lfs_pointer_in_its_place_says_what_to_run(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(TokenizerError, match="git-lfs pointer") as caught:
+        Tokenizer.from_folder(tmp_path, VOCAB)
+    assert "TK-JSON" == caught.value.code and "git lfs pull" in caught.value.hint

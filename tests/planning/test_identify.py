@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from modelrig.planning.identify import (
     describe,
     identify_architecture,
     read_config,
-    read_eos_ids,
     resolve,
 )
 from modelrig.registry import Registry, current
@@ -195,32 +193,6 @@ def test_a_class_of_another_family_is_noted(model_type: str, classes: Any, notes
 def test_a_planner_that_fails_to_describe_is_a_plugin_error() -> None:
     error = refused(describe, {"model_type": "a"}, CONFIG, Catalog(format="x", files=(), entries={}), architectures(one={"a"}))
     assert "PL-CONTRACT" == error.code
-
-
-# ------------------------------------------------------------------------------------------------ ends of texts
-
-
-@pytest.mark.parametrize(
-    ("config", "generation", "ids"),
-    [
-        ({"eos_token_id": 2}, None, (2,)),
-        ({"eos_token_id": [2, 3]}, {"eos_token_id": 5}, (5,)),
-        ({"eos_token_id": 2}, {"eos_token_id": None}, (2,)),
-        ({"eos_token_id": -1}, None, ()),
-        ({}, {}, ()),
-    ],
-)
-def test_ids_that_end_a_text_come_from_the_generation_config_first(
-    tmp_path: Path, config: dict[str, Any], generation: dict[str, Any] | None, ids: tuple[int, ...]
-) -> None:
-    if generation is not None:
-        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
-    assert ids == read_eos_ids(config, Snapshot(reference="x", root=tmp_path, source="local"))
-
-
-def test_an_id_that_is_none_is_one_typed_error(tmp_path: Path) -> None:
-    error = refused(read_eos_ids, {"eos_token_id": "</s>"}, Snapshot(reference="x", root=tmp_path, source="local"))
-    assert ("CF-TYPE", "eos_token_id") == (error.code, error.locus)
 
 
 def test_a_folder_without_a_config_is_one_typed_error(tmp_path: Path) -> None:

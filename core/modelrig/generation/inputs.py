@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from modelrig.errors import GenerateError, quoted
+from modelrig.planning.tokenizer_files import OtherForm, no_text
 
 if TYPE_CHECKING:
     from modelrig.generation.tokenizer import Tokenizer
@@ -19,18 +20,24 @@ ACCEPTED = "a str, a list of token ids, a list of either, or an integer tensor [
 
 
 def as_prompts(
-    prompt: Any, tokenizer: Tokenizer | None, vocab_size: int, *, add_special_tokens: bool = True
+    prompt: Any,
+    tokenizer: Tokenizer | None,
+    vocab_size: int,
+    *,
+    add_special_tokens: bool = True,
+    other_form: OtherForm | None = None,
 ) -> tuple[list[list[int]], bool]:
     """(ids of each prompt, whether it was a single one). Texts get the tokenizer's special tokens only if asked for.
 
     Raises:
         GenerateError: GN-INPUT for anything else, an empty prompt, or ids outside the vocabulary; GN-TOKENIZER for text without
             a tokenizer.
+        TokenizerError: TK-MISSING for text where the tokenizer is there in `other_form`.
     """
 
     def encode(text: str) -> list[int]:
         if tokenizer is None:
-            raise GenerateError("GN-TOKENIZER", "this model has no tokenizer, so it cannot read text", hint="give token ids")
+            raise no_text(other_form, "read text", hint="give token ids")
         return _checked(tokenizer.encode(text, add_special_tokens), vocab_size)
 
     if isinstance(prompt, str):

@@ -11,12 +11,13 @@ import torch
 from attrs import define, frozen
 from torch import Tensor
 
-from modelrig.errors import GenerateError, PluginError
+from modelrig.errors import PluginError
 from modelrig.generation.caches import begin
 from modelrig.generation.detokenizer import Detokenizer
 from modelrig.generation.options import GenerateOptions
 from modelrig.generation.sampling import Sampler
 from modelrig.generation.stops import StopStrings
+from modelrig.planning.tokenizer_files import OtherForm, no_text
 
 if TYPE_CHECKING:
     from modelrig.components import Cache, DecoderMaker
@@ -35,6 +36,7 @@ class Engine:
     device: torch.device
     tokenizer: Tokenizer | None
     eos_ids: tuple[int, ...]
+    other_form: OtherForm | None = None  # of the tokenizer, where there is none that can be used
 
 
 @frozen
@@ -135,6 +137,7 @@ class Run:
 
     Raises:
         GenerateError: GN-ARGS for options that this model or batch cannot serve, GN-TOKENIZER for stop strings without a tokenizer.
+        TokenizerError: TK-MISSING for stop strings where the tokenizer is in another form.
     """
 
     is_single = True
@@ -153,7 +156,7 @@ class Run:
         decoder_options: Any = None,
     ) -> None:
         if options.stop and engine.tokenizer is None:
-            raise GenerateError("GN-TOKENIZER", "this model has no tokenizer, so its ids have no text to stop at", locus="stop")
+            raise no_text(engine.other_form, "find a text to stop at in its ids", locus="stop")
         batch = len(prompts)
         stop_ids = {*(() if options.ignore_eos else engine.eos_ids), *(options.stop_ids or ())}
         self.engine, self.cache, self.prompts = engine, cache, prompts

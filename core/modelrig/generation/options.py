@@ -120,7 +120,7 @@ class GenerateOptions:
         None,
         _optional(_whole(1)),
         f"a whole number from 1 to {LARGEST_COUNT}",
-        f"new tokens at most (default {DEFAULT_NEW_TOKENS}, or what the context has room for)",
+        f"new tokens at most (default: as the checkpoint says, else {DEFAULT_NEW_TOKENS}; cut to the context)",
     )
     min_new_tokens: int = _option(
         0, _whole(0), f"a whole number from 0 to {LARGEST_COUNT}", "no end-of-text or stop id before this many new tokens"
@@ -209,8 +209,8 @@ class GenerateOptions:
             raise GenerateError("GN-UNKNOWN", told, locus=unknown[0], hint=f"options: {', '.join(known)}")
         return cls(**given)
 
-    def limit(self, prompt: int, held: int, capacity: int, longest: int, *, unfed: int) -> int:
-        """New tokens at most; an explicit number that does not fit is an error, the default is cut to what fits.
+    def limit(self, prompt: int, held: int, capacity: int, longest: int, *, unfed: int, usual: int = DEFAULT_NEW_TOKENS) -> int:
+        """New tokens at most; an explicit number that does not fit is an error, the `usual` one is cut to what fits.
 
         `unfed` new tokens need no room: the last one is chosen but not fed, except to a cache that keeps the answer. `longest` is
         what the config allows, for the hint. Raises `GenerateError` (GN-CONTEXT).
@@ -227,7 +227,7 @@ class GenerateOptions:
                 locus=None if room < 1 else "min_new_tokens" if wanted is None else "max_new_tokens",
                 hint=f"plan a longer context, or make a larger cache (the config allows {longest})",
             )
-        return min(max(DEFAULT_NEW_TOKENS, least), room) if wanted is None else wanted
+        return min(max(usual, least), room) if wanted is None else wanted
 
     @property
     def is_greedy(self) -> bool:

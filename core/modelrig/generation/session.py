@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from modelrig.errors import CacheError
+from modelrig.generation.defaults import Call
 from modelrig.generation.loop import Generation, Piece, Run
-from modelrig.generation.options import GenerateOptions
+from modelrig.planning.generation_config import GenerationConfig
 
 if TYPE_CHECKING:
     from modelrig.components import Cache
@@ -32,9 +33,10 @@ class Session:
         self,
         cache: Cache,
         encode: Callable[[Any, Sequence[Message] | None, bool], list[int]],
-        start: Callable[[Cache, list[int], int, GenerateOptions], Run],
+        start: Callable[[Cache, list[int], int, Call], Run],
+        defaults: GenerationConfig,
     ) -> None:
-        self.cache, self._encode, self._start = cache, encode, start
+        self.cache, self._encode, self._start, self._defaults = cache, encode, start, defaults
         self.tokens: list[int] = []
         self.messages: list[dict[str, Any]] = []
         self.answer: Generation | None = None
@@ -75,7 +77,7 @@ class Session:
         self.tokens, self.messages, self.answer, self._run = [], [], None, None
 
     def _turn(self, prompt: Any, messages: Sequence[Message] | None, options: dict[str, Any]) -> Run:
-        made = GenerateOptions.make(**options)
+        made = Call.make(self._defaults, options)
         ids = self._encode(prompt, messages, bool(self.tokens))
         if messages is None:
             ids = self.tokens + ids

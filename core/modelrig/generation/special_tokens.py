@@ -13,13 +13,13 @@ from modelrig.checkpoint.paths import inside, optional
 from modelrig.checkpoint.strict_json import load_json
 from modelrig.components import Snapshot
 from modelrig.errors import ConfigError, TokenizerError, quoted
+from modelrig.planning.generation_config import read_generation
 from modelrig.planning.identify import CONFIG as MODEL_CONFIG
-from modelrig.planning.identify import read_eos_ids
+from modelrig.planning.tokenizer_files import CONFIG, MAX_DIGITS
 
 MAX_TEMPLATE_BYTES = 1 << 20
 MAX_TEMPLATES = 100
-MAX_DIGITS = 40  # `model_max_length` is often written as int(1e30)
-CONFIG, SPECIAL_TOKENS, OLD_TEMPLATE = "tokenizer_config.json", "special_tokens_map.json", "chat_template.json"
+SPECIAL_TOKENS, OLD_TEMPLATE = "special_tokens_map.json", "chat_template.json"
 TEMPLATE_FOLDER = "additional_chat_templates"
 
 
@@ -62,7 +62,7 @@ def end_of_text_ids(snapshot: Snapshot, vocab_size: int) -> tuple[int, ...]:
     """
     path = optional(snapshot, MODEL_CONFIG)
     config = {} if path is None else load_json(path, error=ConfigError, prefix="CF")
-    return tuple(dict.fromkeys(token for token in read_eos_ids(config, snapshot) if token < vocab_size))
+    return tuple(dict.fromkeys(token for token in read_generation(config, snapshot).eos_ids if token < vocab_size))
 
 
 def _json(snapshot: Snapshot, name: str) -> dict[str, Any]:

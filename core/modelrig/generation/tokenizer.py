@@ -18,6 +18,7 @@ from modelrig.components import Snapshot
 from modelrig.errors import TemplateError, TokenizerError, quoted
 from modelrig.generation.special_tokens import SpecialTokens, end_of_text_ids, read_special_tokens
 from modelrig.generation.tokenizer_growth import require_bounded
+from modelrig.planning.tokenizer_files import find_other_form
 
 if TYPE_CHECKING:
     import tokenizers
@@ -26,16 +27,6 @@ __all__ = ["Tokenizer"]
 
 MAX_BYTES = 128 << 20
 TRIAL_TEXT = 'def f(a, ab):\n\treturn "é😀 漢字" + 1,000  # <|x|>\x00 '
-
-#: tokenizers in another form than tokenizer.json, and what turns them into it
-OTHER_FORMS = (
-    ("*.model", "SentencePiece", "sentencepiece protobuf"),
-    ("*.tiktoken", "tiktoken", "tiktoken"),
-    ("tekken.json", "Tekken", "mistral-common"),
-    ("vocab.json", "BPE in two files", ""),
-    ("vocab.txt", "WordPiece", ""),
-    ("tokenizer_config.json", "unknown", ""),
-)
 
 _stderr_lock = threading.Lock()
 
@@ -71,7 +62,8 @@ class Tokenizer:
         snapshot = Snapshot(reference=str(root), root=root, source="", link_roots=tuple(link_roots))
         path = optional(snapshot, "tokenizer.json")
         if path is None:
-            _refuse_other_forms(root)
+            if (form := find_other_form(snapshot)) is not None:
+                raise form.error()
             return None
         data = _read(path)
         special = read_special_tokens(snapshot)
@@ -191,6 +183,9 @@ def _read(path: Path) -> bytes:
         if status.st_size > MAX_BYTES:
             raise TokenizerError("TK-LIMIT", f"{status.st_size:,} bytes; at most {MAX_BYTES:,} are accepted", path=path)
         data = read_at(descriptor, MAX_BYTES + 1, 0, path)
+    if data.startswith(b"version https://git-lfs"):
+        hint = "run `git lfs pull` in the folder it came from"
+        raise TokenizerError("TK-JSON", "a git-lfs pointer, not the file it points to", path=path, hint=hint)
     if len(data) > MAX_BYTES:
         raise TokenizerError("TK-LIMIT", f"more than {MAX_BYTES:,} bytes", path=path)
     return data
@@ -262,17 +257,3 @@ def _quiet_stderr() -> Iterator[None]:
                 held.seek(0)
                 if text := held.read():
                     os.write(2, text)
-
-
-def _refuse_other_forms(root: Path) -> None:
-    for pattern, form, needs in OTHER_FORMS:
-        found = next(iter(sorted(root.glob(pattern))), None)
-        if found is None:
-            continue
-        install = f" (pip install transformers {needs})".replace(" )", ")")
-        raise TokenizerError(
-            "TK-MISSING",
-            f"there is no tokenizer.json; the folder has a tokenizer in another form ({form})",
-            path=found,
-            hint="convert it once: transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(folder)" + install,
-        )

@@ -15,6 +15,7 @@ from attrs import evolve, field, frozen
 from modelrig.components import FLOATING, AttentionSpec, Catalog, ModelFacts, Snapshot
 from modelrig.errors import ModelrigError, PlanError, PluginError, ResourceLimitError
 from modelrig.planning.environment import Environment
+from modelrig.planning.generation_config import GenerationConfig
 from modelrig.planning.identify import Identified
 from modelrig.planning.ledger import Account, Ledger, Weighed, add_up, weigh_each
 from modelrig.planning.memory import broken_limit, human, require_fit
@@ -39,7 +40,7 @@ class Checkpoint:
     facts: ModelFacts
     scheme: str  # how its 2-D weights are stored
     parts: Mapping[str, Identified]
-    eos_ids: tuple[int, ...]
+    generation: GenerationConfig
     notes: tuple[str, ...]
 
 

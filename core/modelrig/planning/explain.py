@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 
 from modelrig.components import KINDS
 from modelrig.errors import MAX_QUOTED
+from modelrig.planning.generation_config import IDS, RECOMMENDED, SAMPLING
 from modelrig.planning.ledger import MOMENTS
 from modelrig.planning.memory import human
 from modelrig.planning.plan import RigPlan, plain_options
@@ -22,6 +24,7 @@ def explain(plan: RigPlan) -> str:
         ("", _model(plan)),
         ("rig", _rig(plan)),
         ("places", _places(plan)),
+        ("generation", _generation(plan)),
         ("asked for", _asked(plan)),
         ("not chosen", _refused(plan)),
         ("memory", _memory(plan)),
@@ -70,6 +73,26 @@ def _places(plan: RigPlan) -> Iterator[str]:
     for name, device in plan.device_map.items():
         of_device.setdefault(device, []).append(name)
     yield from _aligned([(device, ", ".join(_ranges(names)), "") for device, names in of_device.items() if names])
+
+
+def _generation(plan: RigPlan) -> Iterator[str]:
+    """What the checkpoint says of how to generate, and when it counts: options that a call gives come first."""
+    when = {
+        **dict.fromkeys(SAMPLING, ": in calls with a temperature"),
+        **dict.fromkeys(RECOMMENDED, ": a recommendation, calls sample by their own temperature"),
+        **dict.fromkeys(IDS[1:], ": for information"),
+        "max_length": ": prompt and new tokens" + (", after max_new_tokens" if "max_new_tokens" in plan.generation.values else ""),
+    }
+    rows = [
+        (key, _shortened(_written(entry["value"])), entry["origin"] + when.get(key, ""))
+        for key, entry in plan.generation.to_json().items()
+    ]
+    yield from _aligned(rows)
+
+
+def _written(value: object) -> str:
+    """A value of a JSON file as it is written there; a list without its brackets."""
+    return json.dumps(value).strip("[]") or "none"
 
 
 def _ranges(names: Sequence[str]) -> Iterator[str]:

@@ -16,7 +16,7 @@ from attrs import evolve, frozen
 from modelrig.checkpoint.catalog import file_names, list_tensor_files
 from modelrig.checkpoint.config import ConfigReader
 from modelrig.checkpoint.layout import FileNames, is_one_of_several
-from modelrig.checkpoint.paths import inside, optional
+from modelrig.checkpoint.paths import inside
 from modelrig.checkpoint.strict_json import load_json
 from modelrig.components import Architecture, Catalog, Format, ModelFacts, Snapshot
 from modelrig.errors import CodeRefused, ConfigError, ModelrigError, PluginError, RequestError, SourceError, nearest, quoted
@@ -224,22 +224,6 @@ def config_notes(config: Mapping[str, Any], architecture: str) -> list[str]:
             said = f"model_type {quoted(config['model_type'])} but architectures {quoted(strange[0])}"
             notes.append(f"{CONFIG} says {said}; model_type decides")
     return notes
-
-
-def read_eos_ids(config: Mapping[str, Any], snapshot: Snapshot) -> tuple[int, ...]:
-    """Ids that end a text: those of generation_config.json, else of config.json. Raises `ConfigError` and `FileError`."""
-    path = optional(snapshot, GENERATION_CONFIG)
-    if path is not None:
-        generation = load_json(path, error=ConfigError, prefix="CF")
-        if generation.get("eos_token_id") is not None:
-            return _eos_ids(generation, path)
-    return _eos_ids(config, snapshot.root / CONFIG)
-
-
-def _eos_ids(config: Mapping[str, Any], path: Path) -> tuple[int, ...]:
-    with ConfigReader(config, path) as read:
-        ids = read.integers("eos_token_id", -1, 1 << 31, default=(), single=True)
-    return tuple(token for token in ids if token >= 0)
 
 
 # ------------------------------------------------------------------------------------------------ claims

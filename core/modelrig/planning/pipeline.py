@@ -17,6 +17,7 @@ from modelrig.components import FLOATING, ModelFacts, Snapshot
 from modelrig.errors import PlanError
 from modelrig.planning.deciding import Checkpoint, Decision, Desk, decide
 from modelrig.planning.environment import Environment, read_environment
+from modelrig.planning.generation_config import read_generation
 from modelrig.planning.identify import (
     CONFIG,
     Identified,
@@ -26,7 +27,6 @@ from modelrig.planning.identify import (
     describe,
     possible_folder,
     read_config,
-    read_eos_ids,
     resolve,
 )
 from modelrig.planning.needs import PLAIN, Situation, stored_scheme
@@ -34,6 +34,7 @@ from modelrig.planning.negotiation import Choice
 from modelrig.planning.places import notes_on_limits, place
 from modelrig.planning.plan import RigPlan
 from modelrig.planning.request import Request, read_request
+from modelrig.planning.tokenizer_files import find_other_form
 from modelrig.planning.values import AUTO
 from modelrig.registry import Registry, current
 
@@ -94,7 +95,7 @@ def make_plan(
         origins=at.origins,
         device_map=decision.device_map,
         ledger=decision.ledger,
-        eos_ids=checkpoint.eos_ids,
+        generation=checkpoint.generation,
         notes=(*wanted.notes, *checkpoint.notes, *decision.notes, *_plugin_notes(registry)),
     )
 
@@ -108,14 +109,16 @@ def examine(source: Identified, snapshot: Snapshot, registry: Registry) -> Check
     if scheme == PLAIN:
         match(facts, found, snapshot.root)
         require_weights(facts, found)
+    generation, other_form = read_generation(config, snapshot), find_other_form(snapshot)
+    tokenizer = () if other_form is None else (other_form.note(),)
     return Checkpoint(
         snapshot=snapshot,
         catalog=found,
         facts=facts,
         scheme=scheme,
         parts={"sources": source, "formats": format_, "architectures": architecture},
-        eos_ids=read_eos_ids(config, snapshot),
-        notes=(*config_notes(config, architecture.registered.name), *facts.notes, *found.notes),
+        generation=generation,
+        notes=(*config_notes(config, architecture.registered.name), *facts.notes, *found.notes, *tokenizer, *generation.notes),
     )
 
 

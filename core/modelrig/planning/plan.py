@@ -12,6 +12,7 @@ import attrs
 
 from modelrig.components import KINDS, Catalog, ModelFacts, Snapshot
 from modelrig.planning.environment import Environment
+from modelrig.planning.generation_config import GenerationConfig
 from modelrig.planning.ledger import Ledger
 from modelrig.planning.negotiation import Choice, Refusal
 from modelrig.planning.request import Request
@@ -30,7 +31,7 @@ class RigPlan:
         origins: where device, dtype, context and batch come from.
         device_map: module name → device; "" is the whole model.
         ledger: bytes per device and moment.
-        eos_ids: ids that end a text, by the checkpoint's configs.
+        generation: what the checkpoint says of how to generate, each value with its origin.
         notes: what is worth knowing and no error.
     """
 
@@ -50,13 +51,18 @@ class RigPlan:
     origins: Mapping[str, str]
     device_map: Mapping[str, str]
     ledger: Ledger
-    eos_ids: tuple[int, ...] = ()
+    generation: GenerationConfig = attrs.field(factory=GenerationConfig)
     notes: tuple[str, ...] = ()
 
     @property
     def num_parameters(self) -> int:
         """Parameters of the model, tied ones once."""
         return sum(math.prod(one.shape) for one in self.facts.parameters if one.sources)
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Ids that end a text, by the checkpoint's configs."""
+        return self.generation.eos_ids
 
     @property
     def hash(self) -> str:
@@ -127,6 +133,7 @@ class RigPlan:
                 "context_length": self.facts.context_length,
                 "dtype": self.facts.dtype,
             },
+            "generation": self.generation.to_json(),
             "environment": self.environment.to_json(),
             "notes": list(self.notes),
             "hash": self.hash,
