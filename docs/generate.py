@@ -90,7 +90,9 @@ def generation_page() -> str:
     rows = ((f"`{one.name}`", f"`{one.default!r}`", one.metadata["accepts"], one.metadata["help"]) for one in fields)
     return (
         f"# Options of generate\n\n{NOTE}\n`model.generate`, `model.stream`, `session.generate` and `session.send` take them by "
-        "name; the command line with dashes (`--max-new-tokens`).\n\n" + table(("option", "default", "accepts", "meaning"), *rows)
+        "name; the command line with dashes (`--max-new-tokens`). Some that a call leaves out are as the checkpoint's "
+        "generation_config.json says: [text and generation](../how-to/text-and-generation.md).\n\n"
+        + table(("option", "default", "accepts", "meaning"), *rows)
     )
 
 

@@ -143,7 +143,18 @@ def test_every_page_can_be_reached_from_the_index() -> None:
 
 
 #: files of checkpoints, projects and users that pages speak of
-NOT_OURS = {"config.json", "modelrig.json", "tokenizer.json", "modelrig.toml", "pyproject.toml", "rig.toml", "__init__.py"}
+NOT_OURS = {
+    "config.json",
+    "generation_config.json",
+    "tokenizer_config.json",
+    "vocab.txt",
+    "modelrig.json",
+    "tokenizer.json",
+    "modelrig.toml",
+    "pyproject.toml",
+    "rig.toml",
+    "__init__.py",
+}
 HOMES = ("", "core/modelrig", "plugins/modelrig_plugins", "plugins/modelrig_plugins/caches")
 
 

@@ -267,6 +267,35 @@ def test_text_for_a_model_without_a_tokenizer_is_a_usage_error(capsys: pytest.Ca
     assert "[GN-TOKENIZER]" in err
 
 
+def test_text_for_a_tokenizer_in_another_form_fails_before_weights_are_read(
+    capsys: pytest.CaptureFixture[str], llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(llama_folder, tmp_path / "model"))
+    (folder / "tokenizer.model").write_bytes(b"\x0a\x0e\x0a\x05<unk>")
+    monkeypatch.setattr(modelrig.Plan, "load", None)
+    code, out, err = run(capsys, str(folder), "x")
+    assert (1, "") == (code, out)
+    assert "[TK-MISSING]" in err and "SentencePiece" in err and "pip install transformers sentencepiece protobuf" in err
+    assert 0 == main(["plan", str(folder)])
+    assert "pip install transformers sentencepiece protobuf" in capsys.readouterr().out
+
+
+def test_what_the_checkpoint_says_of_generation_counts_unless_a_flag_says_otherwise(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    bundled = modelrig.plan("tiny").snapshot.root
+    folder = Path(shutil.copytree(bundled, tmp_path / "model"))
+    said = {"eos_token_id": 0, "max_new_tokens": 7, "repetition_penalty": 1.5}
+    (folder / "generation_config.json").write_text(json.dumps(said))
+    told = json.loads(run(capsys, str(folder), TEXT, "--json")[1])
+    assert 7 == told["stats"]["new_tokens"]
+    assert {"value": 1.5, "origin": "generation_config.json"} == told["plan"]["generation"]["repetition_penalty"]
+    flags = ("--max-new-tokens", "7", "--repetition-penalty")
+    assert told["tokens"] == json.loads(run(capsys, "tiny", TEXT, "--json", *flags, "1.5")[1])["tokens"]
+    plain = json.loads(run(capsys, "tiny", TEXT, "--json", "--max-new-tokens", "7")[1])["tokens"]
+    assert plain == json.loads(run(capsys, str(folder), TEXT, "--json", "--repetition-penalty", "1")[1])["tokens"] != told["tokens"]
+
+
 # ------------------------------------------------------------------------------------------------ Ctrl-C and closed pipes
 
 ENDLESS = ("--ignore-eos", "--max-new-tokens", "1000")

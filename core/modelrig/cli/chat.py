@@ -27,8 +27,10 @@ def command(model: str, request: dict[str, Any], generation: dict[str, Any], sys
     keeps what there is of it; at an empty prompt it ends the conversation.
     """
     import modelrig
+    from modelrig.planning.tokenizer_files import require_text
 
     plan = modelrig.plan(model, **request)
+    require_text(plan.snapshot)
     with plan.load(progress=not quiet) as loaded:
         session = loaded.session()
         start = [{"role": "system", "content": system}] if system else []

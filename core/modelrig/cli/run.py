@@ -27,10 +27,12 @@ def command(model: str, prompt: str, request: dict[str, Any], generation: dict[s
     A PROMPT of - is read from standard input. Without a temperature the most likely token is taken every time.
     """
     import modelrig
+    from modelrig.planning.tokenizer_files import require_text
 
     if prompt == "-":
         prompt = read_input(methodcaller("read"))
     plan = modelrig.plan(model, **request)
+    require_text(plan.snapshot)
     with plan.load(progress=not quiet) as loaded:
         if as_json:
             click.echo(json.dumps({**_document(loaded.generate(prompt, **generation)), "plan": plan.to_json()}))
