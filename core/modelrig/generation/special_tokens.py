@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,14 @@ from modelrig.checkpoint.paths import inside, optional
 from modelrig.checkpoint.strict_json import load_json
 from modelrig.components import Snapshot
 from modelrig.errors import ConfigError, TokenizerError, quoted
+from modelrig.generation.tokenizer_growth import MAX_ADDED_CHARACTERS
 from modelrig.planning.generation_config import read_generation
 from modelrig.planning.identify import CONFIG as MODEL_CONFIG
 from modelrig.planning.tokenizer_files import CONFIG, MAX_DIGITS
 
 MAX_TEMPLATE_BYTES = 1 << 20
 MAX_TEMPLATES = 100
-SPECIAL_TOKENS, OLD_TEMPLATE = "special_tokens_map.json", "chat_template.json"
+SPECIAL_TOKENS, ADDED_TOKENS, OLD_TEMPLATE = "special_tokens_map.json", "added_tokens.json", "chat_template.json"
 TEMPLATE_FOLDER = "additional_chat_templates"
 
 
@@ -31,11 +32,15 @@ class SpecialTokens:
         tokens: text of each special token by its name (`bos_token`, `eos_token`, ...); templates see them under these names.
         templates: source of each chat template by name; the usual one is called `default`.
         origins: the file each template came from.
+        extra: texts of further special tokens.
+        added: id → token, as an object with its `content`, that the tokenizer shall have.
     """
 
     tokens: Mapping[str, str] = field(factory=dict)
     templates: Mapping[str, str] = field(factory=dict)
     origins: Mapping[str, Path] = field(factory=dict)
+    extra: tuple[str, ...] = ()
+    added: Mapping[int, Mapping[str, Any]] = field(factory=dict)
 
 
 def read_special_tokens(snapshot: Snapshot) -> SpecialTokens:
@@ -51,7 +56,9 @@ def read_special_tokens(snapshot: Snapshot) -> SpecialTokens:
     origins: dict[str, Path] = {}
     for name, source, path in _templates(snapshot, config):
         templates[name], origins[name] = source, path
-    return SpecialTokens(tokens=tokens, templates=templates, origins=origins)
+    extra = tuple(text for values in (others, config) for text in _extra_tokens(values))
+    added = dict(_added_tokens(snapshot, config, {*tokens.values(), *extra}))
+    return SpecialTokens(tokens=tokens, templates=templates, origins=origins, extra=extra, added=added)
 
 
 def end_of_text_ids(snapshot: Snapshot, vocab_size: int) -> tuple[int, ...]:
@@ -81,6 +88,39 @@ def _named_tokens(values: Mapping[str, Any], path: Path) -> dict[str, str]:
             raise TokenizerError("TK-JSON", f"{quoted(value)}: accepted is the token's text", path=path, locus=key)
         found[key] = text
     return found
+
+
+def _extra_tokens(values: Mapping[str, Any]) -> Iterator[str]:
+    for key in ("additional_special_tokens", "extra_special_tokens"):  # before transformers 5, and since
+        found = values.get(key)
+        for token in found.values() if isinstance(found, dict) else found if isinstance(found, list) else ():
+            text = token.get("content") if isinstance(token, dict) else token
+            if isinstance(text, str):
+                yield text
+
+
+def _added_tokens(snapshot: Snapshot, config: Mapping[str, Any], special: Set[str]) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """(id, token) of `added_tokens_decoder`, or where there is none, of the older added_tokens.json."""
+    key, path = "added_tokens_decoder", snapshot.root / CONFIG
+    values = config.get(key)
+    if values is None:
+        key, path = "", snapshot.root / ADDED_TOKENS
+        values = {
+            str(number): {"content": text, "special": text in special} for text, number in _json(snapshot, ADDED_TOKENS).items()
+        }
+    if not isinstance(values, dict):
+        raise TokenizerError("TK-JSON", f"{quoted(values)}: accepted is an object", path=path, locus=key)
+    characters = 0
+    for number, token in values.items():
+        text = token.get("content") if isinstance(token, dict) else None
+        if not (number.isascii() and number.isdecimal() and len(number) < 11 and isinstance(text, str) and text):
+            reason = f"{quoted(number)}: accepted are ids, each with an object whose content is the token's text"
+            raise TokenizerError("TK-JSON", reason, path=path, locus=key or None)
+        characters += len(text)
+        yield int(number), token
+    if characters > MAX_ADDED_CHARACTERS:
+        reason = f"tokens of {characters:,} characters together; at most {MAX_ADDED_CHARACTERS:,} are accepted"
+        raise TokenizerError("TK-LIMIT", reason, path=path, locus=key or None)
 
 
 def _templates(snapshot: Snapshot, config: Mapping[str, Any]) -> Iterator[tuple[str, str, Path]]:

@@ -16,6 +16,7 @@ from modelrig.checkpoint.files import open_regular, read_at
 from modelrig.checkpoint.paths import optional
 from modelrig.components import Snapshot
 from modelrig.errors import TemplateError, TokenizerError, quoted
+from modelrig.generation.added_tokens import complete
 from modelrig.generation.special_tokens import SpecialTokens, end_of_text_ids, read_special_tokens
 from modelrig.generation.tokenizer_growth import require_bounded
 from modelrig.planning.tokenizer_files import find_other_form
@@ -76,6 +77,8 @@ class Tokenizer:
                 path=path,
                 hint="tokenizer and weights belong to different models",
             )
+        with _panics_typed(path, "adding tokens"):
+            complete(rust, special, vocab_size, path)
         return cls(rust, root, special, end_of_text_ids(snapshot, vocab_size))
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
