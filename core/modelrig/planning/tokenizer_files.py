@@ -73,7 +73,7 @@ class OtherForm:
 def find_other_form(snapshot: Snapshot) -> OtherForm | None:
     """The tokenizer in another form, or None where there is a `tokenizer.json`, or nothing of a tokenizer at all."""
     names = file_names(snapshot)
-    if FILE in names:
+    if FILE in names or (snapshot.root / FILE).is_dir():  # whatever it is: opening it says what is wrong with it
         return None
     if "tekken.json" in names:
         load = f"from transformers import {ANY_CLASS} as T; T.from_pretrained('.', mistral_format=False).save_pretrained('.')"
@@ -99,7 +99,7 @@ def find_other_form(snapshot: Snapshot) -> OtherForm | None:
 
 def require_text(snapshot: Snapshot) -> None:
     """Raise, before a weight is read, what `no_text` says, unless there is a `tokenizer.json`."""
-    if FILE not in file_names(snapshot):
+    if FILE not in file_names(snapshot) and not (snapshot.root / FILE).is_dir():
         raise no_text(find_other_form(snapshot), "read text", hint="from Python, give token ids")
 
 
