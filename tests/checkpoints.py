@@ -32,13 +32,22 @@ def write_decoder(
     import transformers
 
     torch.manual_seed(seed)
-    settings = getattr(transformers, f"{family}Config")(**{**TINY_LLAMA, "bos_token_id": None, "eos_token_id": None, **config})
-    model = getattr(transformers, f"{family}ForCausalLM")(settings).eval()
+    values = {**TINY_LLAMA, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None, **config}
+    if family == "GPT2":  # which has other names for these
+        values["n_inner"] = values.pop("intermediate_size")
+        del values["num_key_value_heads"]
+    settings = getattr(transformers, f"{family}Config")(**values)
+    if family == "Gemma2":  # by torch's kernel it would leave its cap out
+        settings._attn_implementation = "eager"
+    settings._experts_implementation = "eager"  # takes any size and dtype
+    kind = {"GPT2": "GPT2LMHeadModel", "Gemma3Text": "Gemma3ForCausalLM"}.get(family, f"{family}ForCausalLM")
+    model = getattr(transformers, kind)(settings).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.ndim == 2:
-                parameter.normal_(std=1.0 if "embed" in name else 1.5 * parameter.shape[1] ** -0.5)
-            elif "norm" in name:
+            if parameter.ndim > 1:
+                is_looked_up = "embed" in name or ".wte." in name or ".wpe." in name
+                parameter.normal_(std=1.0 if is_looked_up else 1.5 * parameter.shape[-1] ** -0.5)
+            elif "norm" in name or "ln_" in name:
                 parameter.uniform_(0.5, 1.5)
             else:
                 parameter.normal_(std=0.2)

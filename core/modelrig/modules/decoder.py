@@ -171,7 +171,7 @@ class Decoder(nn.Module):
 
     Args:
         ropes: of each layer; None where it knows no positions.
-        scale: what embeddings are multiplied by, rounded to the model's dtype.
+        scale: what embeddings are multiplied by; with `rounds_scale` rounded to the model's dtype.
     """
 
     def __init__(
@@ -184,12 +184,14 @@ class Decoder(nn.Module):
         ropes: tuple[RopeSpec | None, ...],
         context: BuildContext,
         scale: float = 1.0,
+        *,
+        rounds_scale: bool = False,
     ) -> None:
         super().__init__()
         self.embed_tokens = Embedding(vocab, hidden, context.dtype)
         self.layers = nn.ModuleList(blocks)
         self.norm = norm
-        self.scale = float(torch.tensor(scale, dtype=context.dtype))
+        self.scale = float(torch.tensor(scale, dtype=context.dtype)) if rounds_scale else scale
         distinct = tuple(dict.fromkeys(rope for rope in ropes if rope is not None))
         self.rotaries = nn.ModuleList(Rotary(rope, context.dtype) for rope in distinct)
         self.rotary_of_layer = tuple(len(distinct) if rope is None else distinct.index(rope) for rope in ropes)
@@ -218,6 +220,7 @@ class CausalLM(Network):
         embedding: what checkpoints call its embedding.
         logit_scale: what logits are multiplied by.
         logit_cap: what they then stay below: cap * tanh(logits / cap).
+        restarts_at: a longer sequence is computed anew from its beginning, because all its keys change.
     """
 
     def __init__(
@@ -232,10 +235,11 @@ class CausalLM(Network):
         embedding: str = "embed_tokens",
         logit_scale: float = 1.0,
         logit_cap: float | None = None,
+        restarts_at: int | None = None,
     ) -> None:
         super().__init__()
         self.add_module(name, decoder)
-        self.name, self.logit_scale, self.logit_cap = name, logit_scale, logit_cap
+        self.name, self.logit_scale, self.logit_cap, self.restarts_at = name, logit_scale, logit_cap, restarts_at
         self.lm_head = Linear(hidden, vocab, False, context.dtype)
         if tied:
             self.lm_head.weight = decoder.get_submodule(embedding).weight  # type: ignore[assignment]
