@@ -24,18 +24,27 @@ def write_llama(folder: Path, **options: Any) -> Any:
 def write_decoder(
     folder: Path, family: str, *, seed: int = 0, dtype: str = "float32", max_shard_size: str = "5GB", **config: Any
 ) -> Any:
-    """A random model of transformers, saved by it into `folder`; returns the model, in float32 and eval mode.
+    """A small random model of transformers, saved by it into `folder`; returns the model, in float32 and eval mode."""
+    import torch
 
-    `family` is what its classes begin with. Weights are larger than an initialisation's so that every part moves the logits.
+    values = {**TINY_LLAMA, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None, **config}
+    if family == "GPT2":  # which has other names for these
+        values["n_inner"] = values.pop("intermediate_size")
+        del values["num_key_value_heads"]
+    model = random_decoder(family, seed=seed, **values)
+    model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=max_shard_size)
+    return model
+
+
+def random_decoder(family: str, *, seed: int = 0, **values: Any) -> Any:
+    """A random model of transformers; `family` is what its classes begin with, and fixes what `values` does not say.
+
+    Weights are larger than an initialisation's so that every part moves the logits.
     """
     import torch
     import transformers
 
     torch.manual_seed(seed)
-    values = {**TINY_LLAMA, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None, **config}
-    if family == "GPT2":  # which has other names for these
-        values["n_inner"] = values.pop("intermediate_size")
-        del values["num_key_value_heads"]
     settings = getattr(transformers, f"{family}Config")(**values)
     if family == "Gemma2":  # by torch's kernel it would leave its cap out
         settings._attn_implementation = "eager"
@@ -51,5 +60,4 @@ def write_decoder(
                 parameter.uniform_(0.5, 1.5)
             else:
                 parameter.normal_(std=0.2)
-    model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=max_shard_size)
     return model

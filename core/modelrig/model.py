@@ -428,7 +428,13 @@ class Model:
 
         eos = self.tokenizer.eos_ids if self.tokenizer is not None else self.plan.eos_ids
         return Engine(
-            self.step, getattr(self.module, "chunkable", True), self.plan.facts.vocab_size, self._device, self.tokenizer, tuple(eos)
+            step=self.step,
+            stable_length=getattr(self.module, "stable_length", None),
+            restarts_at=getattr(self.module, "restarts_at", None),
+            vocab_size=self.plan.facts.vocab_size,
+            device=self._device,
+            tokenizer=self.tokenizer,
+            eos_ids=tuple(eos),
         )
 
     def _encode_turn(self, prompt: Any, messages: Sequence[Message] | None, follows: bool) -> list[int]:

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import modelrig
-from checkpoints import write_decoder, write_llama
-from modelrig.errors import ConfigError
+from checkpoints import random_decoder, write_decoder, write_llama
+from modelrig.errors import CacheError, ConfigError
 
 SCALED = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 40, "rope_theta": 1e4}
 WINDOWS = {"use_sliding_window": True, "sliding_window": 7}
@@ -261,7 +261,11 @@ def tokens(batch: int, count: int, seed: int = 1) -> torch.Tensor:
 
 
 def require_served(reference: Any, attention: str) -> None:
-    if attention == "sdpa" and getattr(reference.config, "attn_logit_softcapping", None) and reference.config.model_type == "gemma2":
+    if (
+        attention == "sdpa"
+        and getattr(reference.config, "attn_logit_softcapping", None)
+        and reference.config.model_type == "gemma2"
+    ):
         pytest.skip("torch's kernel caps no scores, so the plan refuses it")
 
 
@@ -382,6 +386,55 @@ def test_dynamic_rope_beyond_its_length_is_the_references_for_whole_prompts_and_
     assert expected[0, 40:].tolist() == list(model.generate(prompt[0].tolist(), max_new_tokens=64).tokens)
 
 
+LONG = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0, 1.1, 1.3, 1.7], "long_factor": [1.5, 2.0, 4.0, 9.0]}
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_phi3_computes_all_keys_anew_when_a_text_outgrows_the_trained_length(tmp_path: Path, cache: str) -> None:
+    """As the reference does; each row of a batch by its own length."""
+    reference = write_decoder(tmp_path, "Phi3", original_max_position_embeddings=40, rope_parameters=LONG)
+    model = modelrig.load(tmp_path, cache=cache)
+    prompts = [tokens(1, length, seed=length)[0].tolist() for length in (40, 12, 33, 47)]
+    batch = model.generate(prompts, max_new_tokens=50)
+    for prompt, row in zip(prompts, batch, strict=True):
+        ids = torch.tensor([prompt])
+        options: dict[str, Any] = {"max_new_tokens": 50, "do_sample": False, "pad_token_id": 0}
+        expected = reference.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, len(prompt) :].tolist()
+        assert expected == list(model.generate(prompt, max_new_tokens=50).tokens)
+        assert expected == list(row.tokens)
+    session, said = model.session(), []
+    for count in (15, 4, 9):
+        turn = tokens(1, count, seed=count)[0].tolist()
+        said += turn
+        ids = torch.tensor([said])
+        expected = reference.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=9, do_sample=False, pad_token_id=0)
+        assert expected[0, len(said) :].tolist() == list(session.generate(turn, max_new_tokens=9).tokens)
+        said = expected[0].tolist()
+
+
+def test_phi3_says_so_where_the_tokens_of_a_cache_are_not_known(tmp_path: Path) -> None:
+    write_decoder(tmp_path, "Phi3", original_max_position_embeddings=40, rope_parameters=LONG)
+    model = modelrig.load(tmp_path)
+    cache = model.new_cache(max_len=100)
+    model(tokens(1, 30), cache=cache)
+    with pytest.raises(CacheError, match="computed anew"):
+        model.generate(tokens(1, 5)[0].tolist(), cache=cache, max_new_tokens=20)
+    cache.reset()
+    assert 20 == len(model.generate(tokens(1, 35)[0].tolist(), cache=cache, max_new_tokens=20).tokens)
+    assert 55 == cache.length
+
+
+def test_longrope_beyond_its_length_is_the_references_forward_by_forward(tmp_path: Path) -> None:
+    settings = {**LONG, "original_max_position_embeddings": 30}
+    reference = write_llama(tmp_path, rope_parameters=settings)
+    model = modelrig.load(tmp_path)
+    with torch.no_grad():
+        assert_close(reference(tokens(1, 41)).logits, model(tokens(1, 41)))
+    ids = tokens(1, 20)
+    expected = reference.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=64, do_sample=False, pad_token_id=0)
+    assert expected[0, 20:].tolist() == list(model.generate(ids[0].tolist(), max_new_tokens=64).tokens)
+
+
 def test_float64_agrees_to_its_own_precision(tmp_path: Path) -> None:
     reference = write_llama(tmp_path).double()
     ids = tokens(1, 29)
@@ -426,19 +479,20 @@ def test_a_config_that_contradicts_itself_is_refused(tmp_path: Path, family: str
     assert locus == caught.value.locus
 
 
-@pytest.mark.parametrize(("family", "head_dim", "window"), [("Mistral", 2, 4096), ("Qwen2", 2, None), ("Qwen3", 128, None)])
-def test_a_config_without_optional_keys_means_what_it_means_to_transformers(
-    tmp_path: Path, family: str, head_dim: int, window: int | None
-) -> None:
-    import transformers
+NEEDED = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 72, "num_hidden_layers": 7, "num_attention_heads": 32}
+NEEDED_GPT2 = {"vocab_size": 97, "n_embd": 64, "n_layer": 3, "n_head": 4}
 
-    usual = getattr(transformers, f"{family}Config")()
-    needed = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 72, "num_hidden_layers": 2, "num_attention_heads": 32}
-    write_decoder(tmp_path, family, **needed, num_key_value_heads=usual.num_key_value_heads, head_dim=head_dim)
-    file = tmp_path / "config.json"
-    stored = json.loads(file.read_text())
-    file.write_text(json.dumps({key: stored[key] for key in (*needed, "model_type")}))
-    facts = modelrig.plan(tmp_path, context=8).facts
-    [spec] = {*facts.layers}
-    assert (usual.num_key_value_heads, head_dim, window) == (spec.num_key_value_heads, spec.head_dim, spec.window)
-    assert (usual.max_position_embeddings, usual.rms_norm_eps) == (facts.context_length, facts.config.rms_norm_eps)
+
+@pytest.mark.parametrize("family", sorted({family for family, _ in CONFIGS.values()}))
+@torch.no_grad()
+def test_a_config_without_optional_keys_means_what_it_means_to_transformers(tmp_path: Path, family: str) -> None:
+    needed: dict[str, Any] = NEEDED_GPT2 if family == "GPT2" else NEEDED
+    if family == "GPTNeoX":
+        needed = needed | {"num_attention_heads": 4}  # of whose heads a quarter turns
+    usual = random_decoder(family, pad_token_id=None, **needed)
+    usual.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({**needed, "model_type": usual.config.model_type}))
+    ids = tokens(2, 23)
+    model = modelrig.load(tmp_path, context=30)
+    assert_close(usual(ids).logits, model(ids))
+    assert usual.config.max_position_embeddings == model.plan.facts.context_length

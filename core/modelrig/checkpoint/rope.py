@@ -51,9 +51,10 @@ class RopeSpec:
         return self.max_positions
 
     @property
-    def depends_on_length(self) -> bool:
-        """Frequencies change with the length of the sequence, so one forward over a prompt differs from several over its parts."""
-        return self.kind in ("dynamic", "longrope")
+    def stable_length(self) -> int | None:
+        """Frequencies change with the length of a sequence beyond this one, so that one forward over a longer prompt differs from
+        several over its parts; None where they never change."""
+        return {"dynamic": self.max_positions, "longrope": self.original_positions}.get(self.kind)
 
 
 def read_rope(

@@ -195,11 +195,8 @@ class Decoder(nn.Module):
         distinct = tuple(dict.fromkeys(rope for rope in ropes if rope is not None))
         self.rotaries = nn.ModuleList(Rotary(rope, context.dtype) for rope in distinct)
         self.rotary_of_layer = tuple(len(distinct) if rope is None else distinct.index(rope) for rope in ropes)
+        self.stable_length = min((rope.stable_length for rope in distinct if rope.stable_length is not None), default=None)
         self.vector, self.masks = context.linear.vector, Masks(specs, context)
-
-    @property
-    def depends_on_length(self) -> bool:
-        return any(rotary.spec.depends_on_length for rotary in self.rotaries)  # type: ignore[union-attr]
 
     def forward(self, ids: Tensor, slots: Slots) -> Tensor:  # ids: [b, t] -> [b * t, hidden] or [hidden]
         x = self.embed_tokens(ids.view(()) if self.vector and ids.numel() == 1 else ids.reshape(-1))
@@ -215,7 +212,7 @@ class CausalLM(Network):
     """A decoder with a language-model head; `step` is what generation calls and compilers compile.
 
     Args:
-        decoder: a module (ids, slots) → hidden states, with the embedding that a tied head shares, and `depends_on_length`.
+        decoder: a module (ids, slots) → hidden states, with the embedding that a tied head shares, and `stable_length`.
         name: what checkpoints call it.
         embedding: what checkpoints call its embedding.
         logit_scale: what logits are multiplied by.
@@ -249,9 +246,9 @@ class CausalLM(Network):
         return self._modules[self.name]  # type: ignore[return-value]
 
     @property
-    def chunkable(self) -> bool:
-        """A prompt may be prefilled in parts without changing its result."""
-        return not self.decoder.depends_on_length
+    def stable_length(self) -> int | None:
+        """A longer prompt must not be prefilled in parts, since that changes its result; None where any may."""
+        return self.decoder.stable_length  # type: ignore[return-value]
 
     def step(self, ids: Tensor, slots: Slots, last_only: bool = False) -> Tensor:
         """ids int64 [b, t] → logits [b, t, vocab], or [b, 1, vocab] with `last_only`."""

@@ -113,7 +113,7 @@ class Rotary(nn.Module):
         )
 
     def forward(self, positions: Tensor) -> Rotation:
-        inverse = self._stretched(positions) if self.spec.depends_on_length else self.inverse
+        inverse = self._stretched(positions) if self.spec.stable_length is not None else self.inverse
         angles = (positions[:, :, None].to(torch.float32) * inverse)[:, None]
         cos, sin = angles.cos(), angles.sin()
         if self.scale != 1.0:

@@ -57,7 +57,7 @@ class GPT2Block(nn.Module):
 
 
 class GPT2Decoder(nn.Module):
-    depends_on_length = False
+    stable_length = None
 
     def __init__(self, config: GPT2Config, context: BuildContext) -> None:
         super().__init__()

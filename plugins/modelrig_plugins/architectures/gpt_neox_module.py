@@ -73,7 +73,7 @@ class NeoXDecoder(nn.Module):
         self.final_layer_norm = LayerNorm(config.hidden_size, config.epsilon, context.dtype)
         self.rotary = Rotary(config.rope, context.dtype)
         self.vector, self.masks = context.linear.vector, Masks(config.layers, context)
-        self.depends_on_length = config.rope.depends_on_length
+        self.stable_length = config.rope.stable_length
 
     def forward(self, ids: Tensor, slots: Slots) -> Tensor:  # ids: [b, t] -> [b * t, hidden] or [hidden]
         x = self.embed_in(ids.view(()) if self.vector and ids.numel() == 1 else ids.reshape(-1))
