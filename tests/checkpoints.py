@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+    import torch
+
+TOLERANCE = 1e-5  # of the logits' scale
 TINY_LLAMA = {
     "vocab_size": 97,
     "hidden_size": 48,
@@ -61,3 +65,15 @@ def random_decoder(family: str, *, seed: int = 0, **values: Any) -> Any:
             else:
                 parameter.normal_(std=0.2)
     return model
+
+
+def tokens(batch: int, count: int, seed: int = 1) -> torch.Tensor:
+    """Ids [batch, count] of the vocabulary that small models have."""
+    import torch
+
+    return torch.randint(0, TINY_LLAMA["vocab_size"], (batch, count), generator=torch.Generator().manual_seed(seed))
+
+
+def assert_close(expected: torch.Tensor, actual: torch.Tensor) -> None:
+    assert expected.shape == actual.shape
+    assert (expected - actual).abs().max().item() <= TOLERANCE * expected.abs().max().item()

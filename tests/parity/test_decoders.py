@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import modelrig
-from checkpoints import random_decoder, write_decoder, write_llama
+from checkpoints import assert_close, random_decoder, tokens, write_decoder, write_llama
 from modelrig.errors import CacheError, ConfigError
 
 SCALED = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 40, "rope_theta": 1e4}
@@ -240,12 +240,6 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-TOLERANCE = 1e-5  # of the logits' scale
-
-
-def assert_close(expected: torch.Tensor, actual: torch.Tensor) -> None:
-    assert expected.shape == actual.shape
-    assert (expected - actual).abs().max().item() <= TOLERANCE * expected.abs().max().item()
 
 
 @pytest.fixture(scope="module", params=CONFIGS, ids=lambda name: name.replace(" ", "_"))
@@ -254,10 +248,6 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     folder = tmp_path_factory.mktemp("pair")
     family, config = CONFIGS[request.param]
     yield write_decoder(folder, family, seed=3, **config), folder
-
-
-def tokens(batch: int, count: int, seed: int = 1) -> torch.Tensor:
-    return torch.randint(0, 97, (batch, count), generator=torch.Generator().manual_seed(seed))
 
 
 def require_served(reference: Any, attention: str) -> None:
