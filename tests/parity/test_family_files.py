@@ -119,3 +119,13 @@ def test_a_config_that_cannot_be_is_refused(tmp_path: Path, family: str, changes
     with pytest.raises(ConfigError) as caught:
         modelrig.plan(tmp_path)
     assert locus == caught.value.locus
+
+
+def test_experts_are_mapped_from_their_files_as_planned(tmp_path: Path) -> None:
+    """Those that are large enough: here 1.1 MB each. The rest of their tensors is less than a page on either side of each."""
+    write_decoder(tmp_path, "Mixtral", num_local_experts=3, hidden_size=384, intermediate_size=768, num_hidden_layers=1)
+    plan = modelrig.plan(tmp_path)
+    model = plan.load()
+    mapped = sum(line.bytes for line in plan.ledger if line.moment == "steady" and "mapped" in line.what)
+    assert model.load_report.mapped_bytes == mapped
+    assert mapped > 0.9 * model.memory()["weights"]
