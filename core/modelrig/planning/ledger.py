@@ -181,7 +181,7 @@ def weigh_each(
 
 
 def _mapped_bytes(parameter: Parameter, sources: Sequence[Part], dtype: str, entries: Mapping[str, TensorEntry]) -> int:
-    """Stored bytes that serve as they are: one run of the same dtype, where the dtype allows it, or whole pages of several parts."""
+    """Stored bytes that serve as they are: one run, where the dtype allows it, or whole pages of several parts."""
     if len(sources) > 1:
         stitches = find_stitches(parameter.shape, dtype, sources, entries)
         return 0 if stitches is None else stitches.nbytes
