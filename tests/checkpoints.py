@@ -74,6 +74,9 @@ def tokens(batch: int, count: int, seed: int = 1) -> torch.Tensor:
     return torch.randint(0, TINY_LLAMA["vocab_size"], (batch, count), generator=torch.Generator().manual_seed(seed))
 
 
-def assert_close(expected: torch.Tensor, actual: torch.Tensor) -> None:
+def assert_close(expected: torch.Tensor, actual: torch.Tensor) -> float:
+    """Returns the largest difference, as a part of the largest value."""
     assert expected.shape == actual.shape
-    assert (expected - actual).abs().max().item() <= TOLERANCE * expected.abs().max().item()
+    difference, scale = (expected - actual).abs().max().item(), expected.abs().max().item()
+    assert difference <= TOLERANCE * scale
+    return difference / scale

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ import torch
 import modelrig
 from checkpoints import assert_close, random_decoder, tokens, write_decoder, write_llama
 from modelrig.errors import CacheError, ConfigError
+
+Record = Callable[[str, object], None]
 
 SCALED = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 40, "rope_theta": 1e4}
 WINDOWS = {"use_sliding_window": True, "sliding_window": 7}
@@ -261,11 +263,11 @@ def require_served(reference: Any, attention: str) -> None:
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @torch.no_grad()
-def test_logits_without_a_cache(pair: tuple[Any, Path], attention: str) -> None:
+def test_logits_without_a_cache(pair: tuple[Any, Path], attention: str, record_property: Record) -> None:
     reference, folder = pair
     require_served(reference, attention)
     ids = tokens(2, 41)
-    assert_close(reference(ids).logits, modelrig.load(folder, attention=attention)(ids))
+    record_property("error", assert_close(reference(ids).logits, modelrig.load(folder, attention=attention)(ids)))
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
@@ -322,7 +324,7 @@ def test_greedy_tokens_over_64_steps_alone_and_in_a_batch(pair: tuple[Any, Path]
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @torch.no_grad()
-def test_half_precision_is_within_the_references_own_error(pair: tuple[Any, Path], dtype: str) -> None:
+def test_half_precision_is_within_the_references_own_error(pair: tuple[Any, Path], dtype: str, record_property: Record) -> None:
     reference, folder = pair
     ids = tokens(2, 33)
     exact = copy.deepcopy(reference).double()(ids).logits
@@ -335,6 +337,7 @@ def test_half_precision_is_within_the_references_own_error(pair: tuple[Any, Path
         has_experts = hasattr(reference.config, "num_experts_per_tok")
         return (squares.median() if has_experts else squares.mean()).sqrt().item()
 
+    record_property("half", error(ours) / error(theirs))
     assert error(ours) <= 1.2 * error(theirs)
 
 
