@@ -66,6 +66,8 @@ def embed(
         raise GenerateError("GN-TOKENIZER", "this model has no tokenizer, so it cannot read text", hint="model.encode takes ids")
     poolings = recipe.poolings if pooling is None else (pooling,)
     rows = tokenizer.encode_within(_prepared(texts, recipe), min(plan.context, recipe.max_tokens or plan.context))
+    if bare := [place for place, (ids, _) in enumerate(rows) if not ids]:
+        raise GenerateError("GN-INPUT", f"text {bare[0]} has no tokens, and its tokenizer adds none", locus="texts")
     found = torch.empty(len(rows), plan.facts.hidden_size * len(poolings))
     for places in _batches([len(ids) for ids, _ in rows]):
         ids, types = (_padded([rows[place][part] for place in places]) for part in (0, 1))

@@ -55,7 +55,7 @@ class SelfAttention(nn.Module):
         (b, t), h, d = slots.positions.shape, self.spec.num_heads, self.spec.head_dim
         q, k, v = (heads_first(part(x), b, t, h, d) for part in (self.query, self.key, self.value))
         y = self.attend(q, k, v, mask, self.spec)  # [b, t, h * d]
-        return y.view(x.shape)
+        return y.reshape(x.shape)
 
 
 class Output(nn.Module):
