@@ -13,8 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import modelrig
-from checkpoints import assert_close, tokens, write_bert
+import rigs
+from checkpoints import assert_close, tokens, write_bert, write_decoder
 from modelrig.errors import CacheError, ConfigError, GenerateError, LoadError, PlanError
+from modelrig.planning.pipeline import make_plan
 
 #: name → class of transformers, what its config says besides checkpoints.TINY_BERT
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -357,6 +359,14 @@ def test_a_plan_has_neither_cache_nor_decoder_and_says_why(tmp_path: Path) -> No
     assert plan.hash == modelrig.plan(tmp_path, cache=["static", "auto"], decoder="!sampling").hash
 
 
+def test_several_gpus_are_planned_for_without_a_cache(tmp_path: Path) -> None:
+    write_bert(tmp_path)
+    machine = rigs.machine(8 << 30, rigs.gpu(0), rigs.gpu(1))
+    plan = make_plan(tmp_path, environment=machine, device_map="balanced")
+    assert {"cuda:0", "cuda:1"} == {*plan.device_map.values()}
+    assert not any("cache" in line.what for line in plan.ledger)
+
+
 @pytest.mark.parametrize(
     ("request_", "kinds"),
     [
@@ -430,17 +440,18 @@ def test_no_sequence_is_longer_than_the_table_of_positions(tmp_path: Path) -> No
         assert_close(reference(ids[:, 6:])[0], model(ids, attention_mask=mask)[:, 6:])
 
 
-def test_a_cache_is_no_longer_than_the_table_of_positions(llama_folder: Path) -> None:
-    """With a decoder whose planner says that it has a limit."""
-    from attrs import evolve
-
-    plan = modelrig.plan(llama_folder)
-    model = evolve(plan, facts=evolve(plan.facts, position_limit=160)).load()
+def test_a_cache_is_no_longer_than_the_table_of_positions(tmp_path: Path) -> None:
+    write_decoder(tmp_path, "GPT2")
+    with pytest.raises(PlanError, match="positions for 160"):
+        modelrig.plan(tmp_path, context=161)
+    model = modelrig.load(tmp_path, context=20)
     assert 160 == model.new_cache(max_len=160).capacity
     for call in (lambda: model.new_cache(max_len=161), lambda: model.session(max_len=161)):
         with pytest.raises(CacheError, match="positions for 160") as caught:
             call()
         assert ("CA-ARGS", "max_len") == (caught.value.code, caught.value.locus)
+    with pytest.raises(GenerateError, match="positions for 160"):
+        model(tokens(1, 161))
 
 
 # ------------------------------------------------------------------------------------------------ bad input
