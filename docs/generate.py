@@ -14,6 +14,7 @@ import modelrig
 from modelrig import errors, hookspecs
 from modelrig.cli import COMMANDS, group
 from modelrig.components import DESCRIPTORS, KINDS, SLOTS
+from modelrig.encoding.encoder import Encoded
 from modelrig.generation.loop import Generation, Piece, Stats
 from modelrig.generation.options import GenerateOptions
 from modelrig.generation.session import Session
@@ -171,6 +172,7 @@ OTHER_REASONS = {
     "auto.optional": "it fits, but needs an optional package, and `auto` takes nothing of that sort while something else fits",
     "auto.outside": "it fits, but is not ours, and `auto` takes nothing from outside while something else fits",
     "auto.lossy": "`auto` never makes a model lossier than the checkpoint is",
+    "model.generates": "the model is an encoder, which has neither cache nor decoder",
     "request.pinned": "another component was asked for by name",
     "request.excluded": "it was excluded (`!name`)",
     "request.unknown": "a name of an ordered wish that nothing installed has",
@@ -201,7 +203,7 @@ def python_page() -> str:
         "neither torch nor a plugin is before it is needed.\n"
     ]
     parts += [_function(f"modelrig.{name}", getattr(modelrig, name)) for name in ("plan", "load", "plugins", "register")]
-    for shown in (modelrig.Plan, modelrig.Model, Session, Generation, Stats, Piece, PluginRow):
+    for shown in (modelrig.Plan, modelrig.Model, Session, Generation, Stats, Piece, Encoded, PluginRow):
         described = inspect.getdoc(RigPlan if issubclass(shown, RigPlan) else shown) or ""
         fields = ", ".join(f"`{one.name}`" for one in attrs.fields(shown)) if attrs.has(shown) else ""
         parts += [f"## {shown.__name__}\n\n{_fenced(described)}\n" + (f"\nAttributes in order: {fields}.\n" if fields else "")]

@@ -80,3 +80,32 @@ def assert_close(expected: torch.Tensor, actual: torch.Tensor) -> float:
     difference, scale = (expected - actual).abs().max().item(), expected.abs().max().item()
     assert difference <= TOLERANCE * scale
     return difference / scale
+
+
+TINY_BERT = {
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "intermediate_size": 72,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "max_position_embeddings": 64,
+}
+
+
+def write_bert(folder: Path, kind: str = "BertModel", *, seed: int = 0, max_shard_size: str = "5GB", **config: Any) -> Any:
+    """A random BERT of the class `kind` of transformers, as `write_decoder` makes decoders."""
+    import torch
+    import transformers
+
+    torch.manual_seed(seed)
+    model = getattr(transformers, kind)(transformers.BertConfig(**{**TINY_BERT, **config})).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(std=1.0 if "embeddings" in name else 1.5 * parameter.shape[1] ** -0.5)
+            elif name.endswith("LayerNorm.weight"):
+                parameter.uniform_(0.5, 1.5)
+            else:
+                parameter.normal_(std=0.2)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    return model

@@ -20,6 +20,7 @@ import modelrig_plugins
 from documents import LANGUAGES, ROOT, Block, alike, blocks
 from modelrig import components, errors, hookspecs
 from modelrig.components import KINDS
+from modelrig.encoding.encoder import Encoded
 from modelrig.generation.loop import Generation, Piece, Stats
 from modelrig.generation.options import GenerateOptions
 from modelrig.generation.session import Session
@@ -267,7 +268,7 @@ def test_every_module_says_what_it_is() -> None:
 
 def public() -> Iterator[tuple[str, object]]:
     """Functions and classes of the API, with their public methods and properties."""
-    handed_out = (Generation, GenerateOptions, Piece, PluginRow, RigPlan, Session, Stats)
+    handed_out = (Encoded, Generation, GenerateOptions, Piece, PluginRow, RigPlan, Session, Stats)
     offered = [getattr(modelrig, name) for name in modelrig.__all__]
     for home in (components, errors, hookspecs):
         offered += [value for value in vars(home).values() if getattr(value, "__module__", None) == home.__name__]

@@ -29,6 +29,7 @@ def command(model: str, request: dict[str, Any], generation: dict[str, Any], sys
     import modelrig
 
     plan = modelrig.plan(model, **request)
+    plan.require_generation()  # before its weights are read
     with plan.load(progress=not quiet) as loaded:
         session = loaded.session()
         start = [{"role": "system", "content": system}] if system else []

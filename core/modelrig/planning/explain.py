@@ -33,7 +33,7 @@ def explain(plan: RigPlan) -> str:
 
 def summary(plan: RigPlan) -> str:
     """One line: the model, the parts, the place, the bytes."""
-    parts = " · ".join(plan.choices[kind].component for kind in KINDS[2:])
+    parts = " · ".join(plan.choices[kind].component for kind in KINDS[2:] if kind in plan.choices)
     size = human(plan.ledger.total("run", plan.device))
     others = "".join(f" and {device}" for device in dict.fromkeys(plan.device_map.values()) if device != plan.device)
     return f"{plan.reference}: {parts} · {plan.dtype} on {plan.device}{others} · context {plan.context} · {size}"
@@ -47,7 +47,7 @@ def _model(plan: RigPlan) -> Iterator[str]:
 
 def _rig(plan: RigPlan) -> Iterator[str]:
     rows = []
-    for kind in KINDS:
+    for kind in (kind for kind in KINDS if kind in plan.choices):
         choice = plan.choices[kind]
         options = plain_options(choice.options) or {}
         set_to = f" ({', '.join(f'{key}={value}' for key, value in options.items())})" if options else ""
@@ -118,7 +118,8 @@ def _memory(plan: RigPlan) -> Iterator[str]:
             lines = [line for line in plan.ledger if line.device == device and line.moment == moment]
             if not lines:
                 continue
-            yield f"    {MOMENT_NAMES[moment]}: {human(sum(line.bytes for line in lines))}"
+            name = MOMENT_NAMES[moment] if plan.facts.generates or moment != "run" else "computing"
+            yield f"    {name}: {human(sum(line.bytes for line in lines))}"
             for line in lines:
                 yield f"      {human(line.bytes):<28} {line.what}" + ("" if line.exact else ", an estimate")
 

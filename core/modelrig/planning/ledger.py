@@ -40,6 +40,7 @@ SLOTS = "slots for blocks that are streamed"
 STAGING = "what is being converted"
 CACHE = "key/value cache"
 ACTIVATIONS = "activations (512 prompt tokens × 4 hidden, 2 feed-forward and all q, k, v widths; logits)"
+ENCODING = "activations (all tokens × 4 hidden, 2 feed-forward and all q, k, v widths; outputs)"
 GPU_CONTEXT = "GPU context"
 
 
@@ -224,10 +225,13 @@ def add_up(weighed: Iterable[Weighed], main: str, where: Mapping[str, str] | Non
 
 
 def activation_bytes(facts: ModelFacts, batch: int, context: int, dtype: str) -> int:
-    """An estimate of what one step of a prompt takes beside weights and cache: the formula is in `ACTIVATIONS`."""
-    tokens = batch * min(context, PREFILL_TOKENS)
+    """An estimate of what one step of a prompt takes beside weights and cache: the formula is in `ACTIVATIONS`, or `ENCODING`."""
+    tokens = batch * (min(context, PREFILL_TOKENS) if facts.generates else context)
     heads = max((_projected(spec) for spec in facts.layers), default=0)
     widths = 4 * facts.hidden_size + 2 * facts.intermediate_size + heads
+    if not facts.generates:
+        widths += sum(one.shape[0] for one in facts.parameters if one.role == "head")
+        return dtype_bytes(dtype, tokens * widths)
     # The logits of one position per row: in the compute dtype, then in float32 for the sampler.
     logits = dtype_bytes(dtype, batch * facts.vocab_size) + dtype_bytes("float32", batch * facts.vocab_size)
     return dtype_bytes(dtype, tokens * widths) + logits
@@ -252,15 +256,15 @@ class Account:
     dtype: str
     facts: ModelFacts
     weights: Weights
-    cache: Any  # the chosen cache's planner
+    cache: Any  # the chosen cache's planner; None where nothing is cached
     cache_options: Any
     elsewhere: Mapping[str, Weights] = Factory(dict)
     slots: int = 0
     layers: Mapping[str, Sequence[AttentionSpec]] = Factory(dict)
 
     def cache_bytes(self, context: int, batch: int, layers: Sequence[AttentionSpec] | None = None) -> int:
-        """Of `layers`; by default of all."""
-        layers = self.facts.layers if layers is None else layers
+        """Of `layers`; by default of all that keep keys and values."""
+        layers = self.facts.cached_layers if layers is None else layers
         return int(self.cache.nbytes(layers, batch, context, self.dtype, self.cache_options)) if layers else 0
 
     def draw(self, context: int, batch: int) -> Ledger:
@@ -301,6 +305,7 @@ class Account:
     def _running(self, device: str, context: int, batch: int) -> Iterator[tuple[str, str, int, bool]]:
         weights = self.weights if device == self.device else self.elsewhere[device]
         yield ("run", COPIES, weights.copies, False)
-        layers = self.facts.layers if device == self.device else ()
+        layers = self.facts.cached_layers if device == self.device else ()
         yield ("run", CACHE, self.cache_bytes(context, batch, self.layers.get(device, ()) if self.layers else layers), True)
-        yield ("run", ACTIVATIONS, activation_bytes(self.facts, batch, context, self.dtype), False)
+        what = ACTIVATIONS if self.facts.generates else ENCODING
+        yield ("run", what, activation_bytes(self.facts, batch, context, self.dtype), False)

@@ -11,6 +11,7 @@ from typing import Any
 import attrs
 
 from modelrig.components import KINDS, Catalog, ModelFacts, Snapshot
+from modelrig.errors import GenerateError
 from modelrig.planning.environment import Environment
 from modelrig.planning.ledger import Ledger
 from modelrig.planning.negotiation import Choice, Refusal
@@ -23,9 +24,9 @@ class RigPlan:
 
     Attributes:
         reference: what the caller named.
-        choices: kind → the component that serves it, and why; the identified kinds too.
+        choices: kind → the component that serves it, and why; the identified kinds too. An encoder has no cache and no decoder.
         refused: every other component of the negotiated kinds, with all its reasons.
-        decoder_when_sampling: the decoder of calls with a temperature; None if a pinned one cannot sample.
+        decoder_when_sampling: the decoder of calls with a temperature; None if a pinned one cannot sample, and for an encoder.
         device, dtype, context, batch: where, in what, and for how many tokens of how many sequences.
         origins: where device, dtype, context and batch come from.
         device_map: module name → device; "" is the whole model.
@@ -74,6 +75,18 @@ class RigPlan:
             "batch": self.batch,
         }
 
+    def require_generation(self) -> None:
+        """Raise `GenerateError` (GN-MODEL) if the model is an encoder."""
+        if not self.facts.generates:
+            text = f"this {self.facts.architecture} model is an encoder: it does not generate text"
+            raise GenerateError("GN-MODEL", text, hint="model(ids), model.encode and model.embed say what it makes of a text")
+
+    def require_encoding(self) -> None:
+        """Raise `GenerateError` (GN-MODEL) unless the model is an encoder."""
+        if self.facts.generates:
+            text = f"this {self.facts.architecture} model generates text: it is no encoder"
+            raise GenerateError("GN-MODEL", text, hint="model(ids) gives its logits")
+
     def explain(self) -> str:
         """The plan for people, as plain text."""
         from modelrig.planning.explain import explain
@@ -91,7 +104,7 @@ class RigPlan:
         sampling = self.decoder_when_sampling
         return {
             "model": self.reference,
-            "choices": {kind: _choice(self.choices[kind]) for kind in KINDS},
+            "choices": {kind: _choice(self.choices[kind]) for kind in KINDS if kind in self.choices},
             "decoder_when_sampling": None if sampling is None else _choice(sampling),
             "refused": [
                 {

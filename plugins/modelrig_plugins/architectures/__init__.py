@@ -28,6 +28,7 @@ DECODERS = {
 OTHERS = {
     "gpt2": ("GPT2Builder", "GPT-2 and models that share its config"),
     "gpt_neox": ("NeoXBuilder", "GPT-NeoX and Pythia"),
+    "bert": ("BertBuilder", "BERT encoders: hidden states, masked tokens, classes of texts and of tokens"),
 }
 
 
