@@ -109,7 +109,9 @@ def test_a_config_that_contradicts_the_tensors_is_refused(family: str, tmp_path:
         ("SmolLM3", {"no_rope_layer_interval": 0}, "no_rope_layer_interval"),
         ("GPT2", {"n_head": 5}, "n_embd"),
         ("GPT2", {"add_cross_attention": True}, "add_cross_attention"),
+        ("Phi3", {"rope_parameters": None, "partial_rotary_factor": 0.1}, "partial_rotary_factor"),
         ("GPTNeoX", {"hidden_act": "os.system"}, "hidden_act"),
+        ("GPTNeoX", {"rope_parameters": None, "rotary_pct": 0.2}, "rotary_pct"),
     ],
 )  # fmt: skip
 def test_a_config_that_cannot_be_is_refused(tmp_path: Path, family: str, changes: dict[str, Any], locus: str) -> None:

@@ -87,7 +87,13 @@ def read_rope(
         settings = older
     top_partial = None if partial is None else reader.number(partial_key, 0.0, 1.0, default=partial, exclusive=True)
     trained = reader.integer("original_max_position_embeddings", low=1, high=2**40, default=original)
-    return rope_from(settings, head_dim, max_positions, theta=top_theta, partial=top_partial, renamed=renamed, original=trained)
+    spec = rope_from(settings, head_dim, max_positions, theta=top_theta, partial=top_partial, renamed=renamed, original=trained)
+    if partial is not None:
+        nested = settings is not None and "partial_rotary_factor" in settings
+        where = f"{settings.prefix}partial_rotary_factor" if settings is not None and nested else partial_key
+        text = f"{spec.dim} of {head_dim} dimensions of a head would turn, and rotary embeddings turn pairs"
+        reader.require(spec.dim % 2 == 0 and spec.dim > 0, "CF-REL", where, text, uses=("head_dim", "hidden_size"))
+    return spec
 
 
 def rope_from(
@@ -112,12 +118,6 @@ def rope_from(
     settings.require(is_whole, "CF-RANGE", "partial_rotary_factor", "this architecture rotates whole heads: must be 1.0")
     theta = settings.number("rope_theta", *THETA, default=theta)
     dim = head_dim if kind == "proportional" else int(head_dim * part)
-    settings.require(
-        dim % 2 == 0 and dim > 0,
-        "CF-REL",
-        "partial_rotary_factor",
-        f"{part} of a head_dim of {head_dim} is {dim}: rotary embeddings turn pairs",
-    )
     spec = RopeSpec(kind=kind, theta=theta, dim=dim, max_positions=max_positions, proportion=part)
     return spec if kind == "default" else _scaled(spec, settings, original)
 
@@ -128,9 +128,10 @@ def _scaled(spec: RopeSpec, settings: ConfigReader, original: int | None) -> Rop
         original = settings.integer("original_max_position_embeddings", low=1, high=2**40, default=spec.max_positions)
     if kind in ("yarn", "longrope") and original is not None and "factor" not in settings:
         factor = spec.max_positions / original
+    elif kind == "proportional":
+        factor = settings.number("factor", low=1e-6, high=1e9, default=1.0)
     else:
-        usual = settings.number("factor", low=1e-6, high=1e9, default=1.0)
-        factor = usual if kind == "proportional" else settings.number("factor", low=1e-6, high=1e9)
+        factor = settings.number("factor", low=1e-6, high=1e9)
     low = high = 1.0
     if kind == "llama3":
         low = settings.number("low_freq_factor", low=0.0, high=1e9, exclusive=True)
