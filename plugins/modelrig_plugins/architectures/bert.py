@@ -14,11 +14,9 @@ from attrs import frozen
 
 from modelrig.checkpoint.activations import ACTIVATIONS
 from modelrig.checkpoint.config import ConfigReader
-from modelrig.components import FLOATING, AttentionSpec, Catalog, ModelFacts, Parameter
+from modelrig.components import AttentionSpec, Catalog, ModelFacts, Parameter
 from modelrig.errors import quoted
-
-LIMIT = 1 << 24  # no width or vocabulary is larger
-LAYER_LIMIT = 1 << 14
+from modelrig_plugins.architectures.reading import LIMIT, read_dtype, read_layers, require_head_dim
 
 BASE, MASKED, SEQUENCE, TOKENS = "base", "masked_lm", "sequence_classification", "token_classification"
 #: class in `architectures` → head
@@ -67,7 +65,7 @@ class BertPlanner:
         reader = ConfigReader(config, path)
         with reader:
             parsed = read_config(reader, catalog)
-            dtype = reader.choice("dtype", FLOATING, default=None, aliases=("torch_dtype",))
+            dtype = read_dtype(reader)
         parameters = tuple(list_parameters(parsed, stored_names(parsed, catalog)))
         ignored, notes = left_out(parsed, parameters, catalog)
         return ModelFacts(
@@ -99,18 +97,8 @@ PLANNER = BertPlanner()
 def read_config(reader: ConfigReader, catalog: Catalog) -> BertConfig:
     hidden = reader.integer("hidden_size", 1, LIMIT)
     heads = reader.integer("num_attention_heads", 1, LIMIT)
-    reader.require(
-        hidden % heads == 0,
-        "CF-REL",
-        "hidden_size",
-        f"{hidden} is not a multiple of num_attention_heads ({heads})",
-        uses=("num_attention_heads",),
-    )
-    layers = reader.integer("num_hidden_layers", 1, LAYER_LIMIT)
-    stored = stored_layers(catalog)
-    if stored:
-        text = f"{layers}, but the tensor files hold layers 0 to {stored - 1}"
-        reader.require(layers == stored, "CF-REL", "num_hidden_layers", text)
+    require_head_dim(reader, hidden, heads, "hidden_size", "num_attention_heads")
+    layers = read_layers(reader, "num_hidden_layers", catalog, "encoder.layer.", ("", "bert."))
     for key in ("is_decoder", "add_cross_attention"):
         is_set = reader.boolean(key, default=False)
         reader.require(not is_set, "CF-ENUM", key, "true, which makes a decoder of it; only encoders are served")
@@ -200,18 +188,6 @@ def spelt(name: str) -> Iterator[str]:
     """What a tensor of the base model may be called."""
     for start in ("bert.", ""):
         yield start + name
-
-
-def stored_layers(catalog: Catalog) -> int:
-    """How many layers the tensor files hold, by their highest number; 0 if there are none."""
-    highest = -1
-    for name in catalog.entries:
-        head, found, rest = name.partition("encoder.layer.")
-        if found and head in ("", "bert."):
-            number = rest.partition(".")[0]
-            if number.isascii() and number.isdigit() and len(number) < 8:
-                highest = max(highest, int(number))
-    return highest + 1
 
 
 def stored_names(config: BertConfig, catalog: Catalog) -> Callable[[str], str]:

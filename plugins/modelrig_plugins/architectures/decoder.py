@@ -17,12 +17,17 @@ from attrs import evolve, frozen
 from modelrig.checkpoint.activations import ACTIVATIONS
 from modelrig.checkpoint.config import ConfigReader
 from modelrig.checkpoint.rope import RopeSpec, read_rope
-from modelrig.components import FLOATING, AttentionSpec, Catalog, ModelFacts, Parameter
+from modelrig.components import AttentionSpec, Catalog, ModelFacts, Parameter
 from modelrig_plugins.architectures.experts import ExpertsConfig, list_experts
+from modelrig_plugins.architectures.reading import (
+    LIMIT,
+    POSITION_LIMIT,
+    read_dtype,
+    read_layers,
+    read_tie,
+    require_head_dim,
+)
 
-LIMIT = 1 << 24  # no width or vocabulary is larger
-LAYER_LIMIT = 1 << 14
-POSITION_LIMIT = 1 << 31
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 Windows = tuple[int | None, ...]  # tokens that each layer sees, its own among them; None for all
@@ -116,7 +121,7 @@ class DecoderPlanner:
         reader = ConfigReader(config, path)
         with reader:
             parsed = read_config(self.family, reader, catalog)
-            dtype = reader.choice("dtype", FLOATING, default=None, aliases=("torch_dtype",))
+            dtype = read_dtype(reader)
         prefix = "" if "embed_tokens.weight" in catalog.entries else "model."  # saved as a base model, without its head
         sizes = [parsed.intermediate_size, *([parsed.experts.busy_size] if parsed.experts else [])]
         return ModelFacts(
@@ -161,32 +166,6 @@ def read_config(family: Family, reader: ConfigReader, catalog: Catalog) -> Decod
     return family.finish(reader, config, catalog)
 
 
-def read_layers(reader: ConfigReader, key: str, catalog: Catalog, stem: str, prefixes: tuple[str, ...]) -> int:
-    """How many layers there are: as many as the tensor files hold, whose names are a prefix, the stem, and a number."""
-    layers = reader.integer(key, 1, LAYER_LIMIT)
-    stored = stored_number(catalog, stem, prefixes)
-    if stored:
-        reader.require(layers == stored, "CF-REL", key, f"{layers}, but the tensor files hold layers 0 to {stored - 1}")
-    return layers
-
-
-def stored_number(catalog: Catalog, stem: str, prefixes: tuple[str, ...]) -> int:
-    """How many numbered things the tensor files hold, by the highest number; 0 if there are none."""
-    highest = -1
-    for name in catalog.entries:
-        head, found, rest = name.partition(stem)
-        if found and head in prefixes:
-            number = rest.partition(".")[0]
-            if number.isascii() and number.isdigit() and len(number) < 8:
-                highest = max(highest, int(number))
-    return highest + 1
-
-
-def read_tie(reader: ConfigReader, catalog: Catalog, *, default: bool, head: str = "lm_head.weight") -> bool:
-    """Whether the head is the embedding. One that is stored is used as stored: equal tensors give equal results."""
-    return reader.boolean("tie_word_embeddings", default=default) and head not in catalog.entries
-
-
 def read_attention(reader: ConfigReader, family: Family, hidden: int) -> AttentionSpec:
     heads = reader.integer("num_attention_heads", 1, LIMIT)
     usual = family.key_value_heads if "num_key_value_heads" not in reader.values else None  # null says: as many as queries
@@ -209,11 +188,6 @@ def read_attention(reader: ConfigReader, family: Family, hidden: int) -> Attenti
         uses=("num_attention_heads",),
     )
     return AttentionSpec(num_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim, value_dim=head_dim, scale=head_dim**-0.5)
-
-
-def require_head_dim(reader: ConfigReader, hidden: int, heads: int, hidden_key: str, heads_key: str) -> None:
-    text = f"{hidden} is not a multiple of {heads_key} ({heads}), and there is no head_dim"
-    reader.require(hidden % heads == 0, "CF-REL", hidden_key, text, uses=(heads_key,))
 
 
 def refuse_bidirectional(reader: ConfigReader) -> None:

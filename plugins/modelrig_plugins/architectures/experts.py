@@ -8,6 +8,7 @@ from attrs import frozen
 
 from modelrig.checkpoint.config import ConfigReader
 from modelrig.components import Catalog, Parameter, Part
+from modelrig_plugins.architectures.reading import stored_number
 
 EXPERT_LIMIT = 1 << 16
 
@@ -61,7 +62,7 @@ def read_experts(
     reader.require(chosen <= count, "CF-REL", "num_experts_per_tok", f"{chosen} of {count} experts", uses=uses)
     is_stacked = any(name.endswith(".mlp.experts.gate_up_proj") for name in catalog.entries)
     if not is_stacked:
-        stored = _stored(catalog, f".{folder}.experts.")
+        stored = stored_number(catalog, f".{folder}.experts.")
         reader.require(
             stored in (0, count), "CF-REL", key, f"{count}, but the tensor files hold experts 0 to {stored - 1}", uses=uses
         )
@@ -75,16 +76,6 @@ def read_experts(
         folder="mlp" if is_stacked else folder,
         names=None if is_stacked else names,
     )
-
-
-def _stored(catalog: Catalog, stem: str) -> int:
-    """How many experts the tensor files hold, by the highest number."""
-    highest = -1
-    for name in catalog.entries:
-        number = name.partition(stem)[2].partition(".")[0]
-        if number.isascii() and number.isdigit() and len(number) < 8:
-            highest = max(highest, int(number))
-    return highest + 1
 
 
 def list_experts(experts: ExpertsConfig, hidden: int, module: str, stored: str, block: int) -> Iterator[Parameter]:

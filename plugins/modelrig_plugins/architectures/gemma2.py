@@ -7,7 +7,6 @@ from attrs import evolve
 from modelrig.checkpoint.config import ConfigReader
 from modelrig.components import Catalog
 from modelrig_plugins.architectures.decoder import (
-    LIMIT,
     DecoderConfig,
     DecoderPlanner,
     Family,
@@ -17,6 +16,7 @@ from modelrig_plugins.architectures.decoder import (
     refuse_bidirectional,
 )
 from modelrig_plugins.architectures.gemma import scale_embeddings
+from modelrig_plugins.architectures.reading import LIMIT
 
 
 def windows(reader: ConfigReader, layers: int) -> Windows:

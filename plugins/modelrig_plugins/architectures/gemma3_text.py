@@ -9,7 +9,6 @@ from modelrig.checkpoint.rope import THETA, RopeSpec, rope_from
 from modelrig.components import Catalog
 from modelrig_plugins.architectures.decoder import (
     FULL,
-    LAYER_LIMIT,
     SLIDING,
     DecoderConfig,
     DecoderPlanner,
@@ -21,6 +20,7 @@ from modelrig_plugins.architectures.decoder import (
 )
 from modelrig_plugins.architectures.gemma import scale_embeddings
 from modelrig_plugins.architectures.gemma2 import read_cap, scale_scores
+from modelrig_plugins.architectures.reading import LAYER_LIMIT
 
 
 def windows(reader: ConfigReader, layers: int) -> Windows:

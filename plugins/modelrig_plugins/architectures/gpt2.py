@@ -10,8 +10,8 @@ from attrs import frozen
 
 from modelrig.checkpoint.activations import ACTIVATIONS
 from modelrig.checkpoint.config import ConfigReader
-from modelrig.components import FLOATING, AttentionSpec, Catalog, ModelFacts, Parameter, Part
-from modelrig_plugins.architectures.decoder import LIMIT, POSITION_LIMIT, read_layers, read_tie, require_head_dim
+from modelrig.components import AttentionSpec, Catalog, ModelFacts, Parameter, Part
+from modelrig_plugins.architectures.reading import LIMIT, POSITION_LIMIT, read_dtype, read_layers, read_tie, require_head_dim
 
 
 @frozen(kw_only=True)
@@ -32,7 +32,7 @@ class GPT2Planner:
         reader = ConfigReader(config, path)
         with reader:
             parsed = read_config(reader, catalog)
-            dtype = reader.choice("dtype", FLOATING, default=None, aliases=("torch_dtype",))
+            dtype = read_dtype(reader)
         prefix = "" if "wte.weight" in catalog.entries else "transformer."  # saved as a base model
         return ModelFacts(
             architecture="gpt2",

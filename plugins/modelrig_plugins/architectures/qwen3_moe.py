@@ -7,8 +7,6 @@ from attrs import evolve
 from modelrig.checkpoint.config import ConfigReader
 from modelrig.components import Catalog
 from modelrig_plugins.architectures.decoder import (
-    LAYER_LIMIT,
-    LIMIT,
     DecoderConfig,
     DecoderPlanner,
     Family,
@@ -16,6 +14,7 @@ from modelrig_plugins.architectures.decoder import (
     read_window,
 )
 from modelrig_plugins.architectures.experts import read_experts
+from modelrig_plugins.architectures.reading import LAYER_LIMIT, LIMIT
 
 
 def windows(reader: ConfigReader, layers: int) -> Windows:

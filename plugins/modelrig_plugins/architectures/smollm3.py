@@ -10,7 +10,6 @@ from modelrig.checkpoint.config import ConfigReader
 from modelrig.checkpoint.rope import read_rope
 from modelrig.components import Catalog
 from modelrig_plugins.architectures.decoder import (
-    LAYER_LIMIT,
     DecoderConfig,
     DecoderPlanner,
     Family,
@@ -19,6 +18,7 @@ from modelrig_plugins.architectures.decoder import (
     read_window,
     require_each,
 )
+from modelrig_plugins.architectures.reading import LAYER_LIMIT
 
 
 def turning(reader: ConfigReader, layers: int) -> tuple[bool, ...]:
