@@ -17,3 +17,5 @@ def architecture(request: pytest.FixtureRequest, record_property: Callable[[str,
 
         config = getattr(transformers, f"{request.getfixturevalue('family')}Config")
         record_property("architecture", config.model_type)
+    elif request.path.stem == "test_bert":
+        record_property("architecture", "bert")
