@@ -73,6 +73,24 @@ def test_planned_bytes_are_measured_ones(family: str, tmp_path: Path) -> None:
     assert model.new_cache(batch=3).nbytes == sum(line.bytes for line in plan.ledger if "cache" in line.what)
 
 
+def test_a_plan_of_what_transformers_wrote_notes_nothing_odd(family: str, tmp_path: Path) -> None:
+    write_decoder(tmp_path, family, **FAMILIES[family])
+    assert () == modelrig.plan(tmp_path).notes
+
+
+def test_the_plan_tells_layers_that_see_a_window_from_those_that_see_all(tmp_path: Path) -> None:
+    write_decoder(tmp_path, "Gemma3Text", head_dim=8, num_hidden_layers=7, sliding_window=9)
+    plan = modelrig.plan(tmp_path, context=37, batch=3, dtype="bfloat16", cache="static")
+    each = 2 * 2 * 8 * 37 * 3 * 2  # keys and values of 2 heads, 8 wide
+    expected = [
+        {"kind": "sliding", "window": 9, "layers": 6, "cache_bytes": 6 * each},
+        {"kind": "full", "window": None, "layers": 1, "cache_bytes": each},
+    ]
+    assert expected == plan.to_json()["facts"]["layer_kinds"]
+    assert plan.load().new_cache(batch=3).nbytes == 7 * each
+    assert "6 sliding, 1 full" in plan.explain() and "a window of 9 tokens" in plan.explain()
+
+
 def test_a_config_that_contradicts_the_tensors_is_refused(family: str, tmp_path: Path) -> None:
     write_decoder(tmp_path, family, **FAMILIES[family])
     file = tmp_path / "config.json"

@@ -55,11 +55,23 @@ def _rig(plan: RigPlan) -> Iterator[str]:
         sampling = plan.decoder_when_sampling
         if kind == "decoders" and sampling is not None and sampling.id != choice.id:
             rows.append(("", sampling.component, sampling.why))
+    kinds = plan.layer_kinds
+    if any(one.kind != "full" for one in kinds):
+        rows.append(("layers", ", ".join(f"{one.layers} {one.kind}" for one in kinds), "; ".join(_layers(plan))))
     rows.append(("device", plan.device, plan.origins["device"]))
     rows.append(("dtype", plan.dtype, plan.origins["dtype"]))
     rows.append(("context", f"{plan.context:,} tokens", plan.origins["context"]))
     rows.append(("batch", str(plan.batch), plan.origins["batch"]))
     yield from _aligned(rows)
+
+
+def _layers(plan: RigPlan) -> Iterator[str]:
+    """What layers of each kind see and keep."""
+    for one in plan.layer_kinds:
+        window = f", a window of {one.window:,} tokens" if one.window is not None else ""
+        kept = f", a cache of {human(one.cache_bytes)}" if one.cache_bytes else ""
+        if window or kept:
+            yield f"{one.kind}{window}{kept}"
 
 
 def _places(plan: RigPlan) -> Iterator[str]:

@@ -10,12 +10,25 @@ from typing import Any
 
 import attrs
 
-from modelrig.components import KINDS, Catalog, ModelFacts, Snapshot
+from modelrig.components import KINDS, AttentionSpec, Catalog, ModelFacts, Snapshot
 from modelrig.errors import GenerateError
 from modelrig.planning.environment import Environment
 from modelrig.planning.ledger import Ledger
 from modelrig.planning.negotiation import Choice, Refusal
 from modelrig.planning.request import Request
+
+
+@attrs.frozen(kw_only=True)
+class LayerKind:
+    """Layers that see alike: all earlier tokens ("full"), a window of the last ("sliding"), or later ones too ("bidirectional").
+
+    `window` counts the current token; `cache_bytes` are those of all its layers.
+    """
+
+    kind: str
+    window: int | None
+    layers: int
+    cache_bytes: int
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -58,6 +71,26 @@ class RigPlan:
     def num_parameters(self) -> int:
         """Parameters of the model, tied ones once."""
         return sum(math.prod(one.shape) for one in self.facts.parameters if one.sources)
+
+    @property
+    def layer_kinds(self) -> tuple[LayerKind, ...]:
+        """What the layers see, kind by kind, and the cache each kind takes at the planned context and batch."""
+        groups: dict[tuple[str, int | None], list[AttentionSpec]] = {}
+        for spec in self.facts.layers:
+            kind = "bidirectional" if not spec.causal else "full" if spec.window is None else "sliding"
+            groups.setdefault((kind, spec.window), []).append(spec)
+        choice = self.choices.get("caches")
+        return tuple(
+            LayerKind(
+                kind=kind,
+                window=window,
+                layers=len(specs),
+                cache_bytes=0
+                if choice is None
+                else choice.registered.planner().nbytes(specs, self.batch, self.context, self.dtype, choice.options),
+            )
+            for (kind, window), specs in groups.items()
+        )
 
     @property
     def hash(self) -> str:
@@ -134,6 +167,8 @@ class RigPlan:
                 "architecture": self.facts.architecture,
                 "parameters": self.num_parameters,
                 "layers": len(self.facts.layers),
+                "layer_kinds": [attrs.asdict(kind) for kind in self.layer_kinds],
+                "blocks": list(self.facts.blocks),
                 "hidden_size": self.facts.hidden_size,
                 "intermediate_size": self.facts.intermediate_size,
                 "vocab_size": self.facts.vocab_size,
