@@ -1,7 +1,7 @@
 # make demo    set up, then plan, load and generate with the bundled model
 # make test    set up, then run the tests
 # make check   set up, then lint, types, architecture
-# make docs    write docs/reference and the outputs shown in pages anew
+# make docs    write docs/reference and the outputs shown in pages anew (three minutes: it runs the parity tests)
 # make bench   compare with transformers on this machine (long; run it on a quiet machine)
 # make kill-test  kill thousands of saves, and some of transformers' (a quarter of an hour; wants strace)
 # make tiny    train the bundled model again (half an hour)
@@ -36,6 +36,7 @@ kill-test: $(VENV)/.dev
 	$(BIN)/python tests/kill_saves.py
 
 docs: $(VENV)/.dev
+	$(BIN)/python docs/architectures.py
 	$(BIN)/python docs/generate.py
 	$(BIN)/python tests/documents.py
 

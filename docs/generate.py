@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import modelrig
 from modelrig import errors, hookspecs
 from modelrig.cli import COMMANDS, group
 from modelrig.components import DESCRIPTORS, KINDS, SLOTS
+from modelrig.encoding.encoder import Encoded
 from modelrig.generation.loop import Generation, Piece, Stats
 from modelrig.generation.options import GenerateOptions
 from modelrig.generation.session import Session
@@ -66,6 +68,82 @@ def components_page() -> str:
         parts.append(f"## {kind}\n\n{described}\n\n{table(('name', 'what', 'offers', 'needs'), *rows)}")
         parts += [text for one in ours if (text := _options(one))]
     return "\n".join(parts)
+
+
+#: test function → (what a reader of the page calls it, column of decoders)
+CHECKS = {
+    "test_logits_without_a_cache": "logits",
+    "test_prompts_that_arrive_in_chunks": "in chunks",
+    "test_padded_batches": "padded",
+    "test_greedy_tokens_over_64_steps_alone_and_in_a_batch": "64 tokens",
+    "test_half_precision_is_within_the_references_own_error": "16 bits",
+    "test_v4_spellings_mean_the_same": "old keys",
+    "test_shards_are_read_and_what_is_saved_here_is_read_there": "shards, saved",
+    "test_bin_files_are_read": ".bin",
+    "test_planned_bytes_are_measured_ones": "bytes",
+}
+FOUND = Path(__file__).with_name("architectures.json")
+
+
+def architectures_page() -> str:
+    found = json.loads(FOUND.read_text())
+    summaries = {one.name: one.descriptor.summary for one in current().components("architectures") if one.is_ours}
+    decoders = [
+        name for name in summaries if "test_logits_without_a_cache" in found["architectures"].get(name, {}).get("checks", {})
+    ]
+    head = ("architecture", "largest error", *CHECKS.values())
+    rows = [(f"`{name}`", *_cells(found["architectures"][name])) for name in decoders]
+    others = [name for name in summaries if name not in decoders]
+    versions = " and ".join(f"{package} {version}" for package, version in found["versions"].items())
+    introduction = (
+        "Families of models that ship with Modelrig, identified by `model_type` in config.json. Every cell is a count of tests "
+        f"against the reference implementation at the same random weights ({versions}), from the run that wrote this page; one "
+        "that failed would say so."
+    )
+    return (
+        f"# Architectures\n\n{NOTE}\n{introduction}\n\n"
+        + table(("architecture", "what"), *((f"`{name}`", text) for name, text in summaries.items()))
+        + "\n## Decoders\n\n"
+        + table(head, *rows)
+        + ARCHITECTURE_NOTES
+        + "".join(f"\n## {name}\n\n{_checks(found['architectures'].get(name, {}))}" for name in others)
+    )
+
+
+ARCHITECTURE_NOTES = """
+* *largest error*: of any float32 logit, as a part of the largest logit, over all configs and attention kernels; 1e-5 fails.
+* *logits*: whole prompts, without a cache, by each attention kernel. *in chunks*: prompts fed in five parts, by each kernel and
+  cache. *padded*: batches padded on either side; each row gives what it gives alone.
+* *64 tokens*: greedy decoding with each cache, alone and in a batch: the same tokens.
+* *16 bits*: bfloat16 and float16; the error against float64 is at most 1.2 times the reference's own (in brackets: the largest
+  ratio).
+* *old keys*: the config in the spelling of transformers 4.
+* *shards, saved*: sharded safetensors read; what is saved here, in both formats, read there. *.bin*: with the names of the
+  checkpoint and of the module. *bytes*: planned weights and cache are the measured ones.
+* Skipped, in brackets with a dash: an attention kernel that cannot cap scores is refused when the plan is made.
+
+An unknown `model_type` is an error that names the nearest known one, and code that a checkpoint brings is never run. How to add a
+family: [add an architecture](../how-to/add-an-architecture.md). How fast each decodes: `benchmarks/LOG.md`.
+"""
+
+
+def _cells(found: Mapping[str, Any]) -> Iterator[str]:
+    yield f"{found['error']:.1e}"
+    for check in CHECKS:
+        counts = found["checks"].get(check, {})
+        cell = _count(counts)
+        yield cell + (f" ({found['half']:.2f})" if check.startswith("test_half") else "")
+
+
+def _count(counts: Mapping[str, int]) -> str:
+    failed = f", {counts['failed']} FAILED" if counts.get("failed") else ""
+    skipped = f" (–{counts['skipped']})" if counts.get("skipped") else ""
+    return f"{counts.get('passed', 0)}{failed}{skipped}"
+
+
+def _checks(found: Mapping[str, Any]) -> str:
+    rows = ((name.removeprefix("test_").replace("_", " "), _count(counts)) for name, counts in found.get("checks", {}).items())
+    return table(("what the tests say", "passed"), *rows)
 
 
 def _options(component: Registered) -> str:
@@ -173,6 +251,7 @@ OTHER_REASONS = {
     "auto.optional": "it fits, but needs an optional package, and `auto` takes nothing of that sort while something else fits",
     "auto.outside": "it fits, but is not ours, and `auto` takes nothing from outside while something else fits",
     "auto.lossy": "`auto` never makes a model lossier than the checkpoint is",
+    "model.generates": "the model is an encoder, which has neither cache nor decoder",
     "request.pinned": "another component was asked for by name",
     "request.excluded": "it was excluded (`!name`)",
     "request.unknown": "a name of an ordered wish that nothing installed has",
@@ -203,7 +282,7 @@ def python_page() -> str:
         "neither torch nor a plugin is before it is needed.\n"
     ]
     parts += [_function(f"modelrig.{name}", getattr(modelrig, name)) for name in ("plan", "load", "plugins", "register")]
-    for shown in (modelrig.Plan, modelrig.Model, Session, Generation, Stats, Piece, PluginRow):
+    for shown in (modelrig.Plan, modelrig.Model, Session, Generation, Stats, Piece, Encoded, PluginRow):
         described = inspect.getdoc(RigPlan if issubclass(shown, RigPlan) else shown) or ""
         fields = ", ".join(f"`{one.name}`" for one in attrs.fields(shown)) if attrs.has(shown) else ""
         parts += [f"## {shown.__name__}\n\n{_fenced(described)}\n" + (f"\nAttributes in order: {fields}.\n" if fields else "")]
@@ -246,6 +325,7 @@ def _fenced(text: str) -> str:
 
 
 PAGES: dict[str, Callable[[], str]] = {
+    "architectures.md": architectures_page,
     "cli.md": cli_page,
     "components.md": components_page,
     "configuration.md": configuration_page,

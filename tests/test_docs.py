@@ -5,9 +5,13 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import json
 import pkgutil
 import re
 import runpy
+import subprocess
+import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -20,6 +24,7 @@ import modelrig_plugins
 from documents import LANGUAGES, ROOT, Block, alike, blocks
 from modelrig import components, errors, hookspecs
 from modelrig.components import KINDS
+from modelrig.encoding.encoder import Encoded
 from modelrig.generation.loop import Generation, Piece, Stats
 from modelrig.generation.options import GenerateOptions
 from modelrig.generation.session import Session
@@ -100,6 +105,21 @@ def test_outputs_are_compared_apart_from_what_differs_between_machines(expected:
 @pytest.mark.parametrize("name", GENERATOR["PAGES"])
 def test_a_generated_page_is_current(name: str) -> None:
     assert GENERATOR["PAGES"][name]() == text_of(REFERENCE / name), "run: make docs"
+
+
+def test_the_page_of_architectures_is_from_a_run_of_the_tests_there_are() -> None:
+    found = json.loads((ROOT / "docs/architectures.json").read_text())["architectures"]
+    assert {one.name for one in current().components("architectures") if one.is_ours} == set(found)
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "tests/parity"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    there = Counter(re.findall(r"::(\w+)", listed))
+    counted: Counter[str] = Counter()
+    for one in found.values():
+        counted.update({check: sum(counts.values()) for check, counts in one["checks"].items()})
+        assert not any("failed" in counts for counts in one["checks"].values())
+    assert {check: there[check] for check in GENERATOR["CHECKS"]} == {check: counted[check] for check in GENERATOR["CHECKS"]}, (
+        "run: make docs"
+    )
 
 
 def test_every_page_of_the_reference_is_generated() -> None:
@@ -278,7 +298,7 @@ def test_every_module_says_what_it_is() -> None:
 
 def public() -> Iterator[tuple[str, object]]:
     """Functions and classes of the API, with their public methods and properties."""
-    handed_out = (Generation, GenerateOptions, Piece, PluginRow, RigPlan, Session, Stats)
+    handed_out = (Encoded, Generation, GenerateOptions, Piece, PluginRow, RigPlan, Session, Stats)
     offered = [getattr(modelrig, name) for name in modelrig.__all__]
     for home in (components, errors, hookspecs):
         offered += [value for value in vars(home).values() if getattr(value, "__module__", None) == home.__name__]

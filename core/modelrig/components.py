@@ -495,7 +495,8 @@ class ModelFacts:
     vocab_size: int
     context_length: int  # longest sequence the config was made for
     dtype: str | None  # what config.json asks for
-    generates: bool = True
+    generates: bool = True  # False for an encoder, which has neither cache nor decoder
+    token_types: int = 0  # kinds of tokens that inputs tell apart (`token_type_ids`)
     position_limit: int | None = None  # no sequence can be longer, since positions are rows of a table
     ignored: tuple[str, ...] = ()  # stored tensors the module does not use, on purpose (e.g. rotary inv_freq)
     empty: tuple[str, ...] = ()  # modules without parameters that other tools' device maps name (e.g. model.rotary_emb)
@@ -524,6 +525,11 @@ class ModuleBuilder(Protocol):
         The module offers `step(ids, slots, last_only=False)`: ids int64 [batch, count] → logits [batch, count or 1, vocab];
         `init_buffers(device)`, which computes buffers that are not loaded; and `bind(linear)`, called last, which gives every
         weight of the linear slot its kernel.
+
+        That of an encoder (`generates` is False) takes token types too, `step(ids, slots, last_only=False, token_types=None)`, and
+        gives what its head does: tokens are the second of three axes, or there are none. It also offers
+        `encode(ids, slots, token_types, all_layers)` → (hidden states [batch, count, hidden], the last block's or with `all_layers`
+        the embeddings' and each block's; what is pooled of the last, [batch, hidden], or None).
         """
         ...
 
@@ -696,5 +702,5 @@ class StepCompiler(Protocol):
     """Compiles what every token passes through."""
 
     def compile(self, step: Callable[..., Any], options: Any) -> Callable[..., Any]:
-        """A callable that does what `step(ids, slots, last_only)` does."""
+        """A callable that does what `step(ids, slots, last_only)` does, or with an encoder's further argument."""
         ...

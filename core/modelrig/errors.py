@@ -293,7 +293,8 @@ CODES: dict[str, str] = {
     "GN-ARGS": "a generation option out of its range",
     "GN-UNKNOWN": "an unknown generation option",
     "GN-INPUT": "input that is not text, token ids or messages, or ids outside the vocabulary",
-    "GN-CONTEXT": "prompt and new tokens do not fit into the planned context",
+    "GN-CONTEXT": "tokens do not fit into the planned context, or into the positions that the model has",
+    "GN-MODEL": "not what this model is for: an encoder generates no text, a decoder has no encodings",
     "GN-TOKENIZER": "text was given, or asked for, but the model has no tokenizer",
     "GN-NAN": "the model's logits are not finite",
     # where checkpoints are, and their files
@@ -402,6 +403,7 @@ CODES: dict[str, str] = {
     # planning
     "PN-REFUSED": "a component that was asked for cannot serve",
     "PN-NONE": "no combination of components fits",
+    "PN-CONTEXT": "a context longer than the positions that the model has",
     "PN-DEVICE": "a device that is not there",
     "PN-MAP-NAME": "a device map names modules or parameters that the model does not have",
     "PN-MAP-COVER": "a device map leaves parameters without a device",

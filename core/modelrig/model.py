@@ -27,14 +27,16 @@ from modelrig.planning.tokenizer_files import find_other_form, no_text
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from modelrig.assembly import Assembled
     from modelrig.checkpoint.saving.protocol import SaveReport
     from modelrig.components import Cache
+    from modelrig.encoding.batch import Batch
+    from modelrig.encoding.encoder import Encoded
+    from modelrig.encoding.recipe import Recipe
     from modelrig.generation.defaults import Call
     from modelrig.generation.loop import Engine, Generation, Piece, Run
     from modelrig.generation.options import GenerateOptions
     from modelrig.generation.session import Session
-    from modelrig.generation.tokenizer import Tokenizer
-    from modelrig.loading.materialise import Filled
     from modelrig.loading.progress import ProgressChoice
 
 Message = Mapping[str, Any]
@@ -55,10 +57,12 @@ class Plan(RigPlan):
             LoadError: the tensors do not fill the model.
             PluginError: a chosen component cannot be imported or broke its contract.
         """
+        require_one_gpu(self.device_map)
+        from modelrig.assembly import assemble
         from modelrig.loading.progress import progress_bar
 
         with progress_bar("loading", progress) as report:
-            return _load(self, report)
+            return Model(self, assemble(self, report))
 
 
 def plan(reference: str | Path, config: str | Path | Mapping[str, Any] | None = None, **request: Any) -> Plan:
@@ -89,49 +93,6 @@ def load(
     )
 
 
-def _load(plan: Plan, progress: Callable[[int, int], None] | None) -> Model:
-    """fetch → tokenizer → build on meta → read and place → model."""
-    require_one_gpu(plan.device_map)
-    import torch
-
-    from modelrig.generation.tokenizer import Tokenizer
-    from modelrig.loading.fetch import fetch
-    from modelrig.loading.materialise import materialise
-    from modelrig.loading.paging import MainMemory
-    from modelrig.modules.network import BuildContext
-    from modelrig.planning.ledger import ACTIVATIONS, CACHE
-    from modelrig.planning.memory import asked_limit
-    from modelrig.planning.placement_maps import resolve
-
-    dtype, device = getattr(torch, plan.dtype), torch.device(plan.device)
-    parts = {kind: choice.registered.implementation() for kind, choice in plan.choices.items()}
-    snapshot, catalog = fetch(plan.snapshot, plan.catalog, parts["sources"], plan.choices["formats"].registered.planner(), progress)
-    for kind in ("attention", "quantizers"):  # these two have one object per model
-        parts[kind] = parts[kind](plan.choices[kind].options)
-    tokenizer = None  # in another form it is noted in the plan, and ids work without it
-    if find_other_form(snapshot) is None:  # before the weights: it may be what is wrong
-        tokenizer = Tokenizer.from_folder(snapshot.root, plan.facts.vocab_size, snapshot.link_roots)
-    context = BuildContext(parts["attention"], parts["quantizers"], dtype)
-    with torch.inference_mode(False):  # parameters made in a caller's inference block would be of no use outside
-        module = parts["architectures"].build(plan.facts, context)
-        filled = materialise(
-            module,
-            plan.facts,
-            catalog,
-            parts["formats"],
-            parts["quantizers"],
-            dtype=dtype,
-            device=device,
-            places=resolve(plan.device_map, (one.name for one in plan.facts.parameters)),
-            memory=MainMemory(
-                is_limited=asked_limit("cpu", plan.request) is not None,
-                reserved_bytes=sum(plan.ledger.bytes_of(what, "cpu", "run") for what in (CACHE, ACTIVATIONS)),
-            ),
-            progress=progress,
-        )
-    return Model(plan, module, tokenizer, parts, filled)
-
-
 class Model:
     """A loaded plan. Use as a context manager, or call `close`, to let go of its memory.
 
@@ -142,18 +103,18 @@ class Model:
         load_report: bytes mapped and copied, and seconds.
     """
 
-    def __init__(
-        self, plan: Plan, module: nn.Module, tokenizer: Tokenizer | None, parts: Mapping[str, Any], filled: Filled
-    ) -> None:
+    def __init__(self, plan: Plan, assembled: Assembled) -> None:
         import torch
 
         from modelrig.generation.caches import CachePool
 
-        self.plan, self.tokenizer, self.load_report = plan, tokenizer, filled.report
-        self._other_form = find_other_form(plan.snapshot) if tokenizer is None else None
-        self._streamer = filled.streamer
+        module = assembled.module
+        self.plan, self.tokenizer, self.load_report = plan, assembled.tokenizer, assembled.filled.report
+        self._other_form = find_other_form(plan.snapshot) if assembled.tokenizer is None else None
+        self._streamer = assembled.filled.streamer
         self._module: nn.Module | None = module
-        self._parts = dict(parts)
+        self._parts = dict(assembled.parts)
+        self._recipe: Recipe | None = None
         self._dtype, self._device = getattr(torch, plan.dtype), torch.device(plan.device)
         self._step: Callable[..., Tensor] | None = self._parts["compilers"].compile(module.step, plan.choices["compilers"].options)
         self._pool = CachePool(plan, self.new_cache)
@@ -255,19 +216,22 @@ class Model:
     def new_cache(self, batch: int = 1, max_len: int | None = None, padding: Sequence[int] | None = None) -> Cache:
         """An empty cache of the planned kind for `batch` rows of up to `max_len` tokens (default: the planned context).
 
-        `padding` is each row's number of pad tokens on the left.
+        `padding` is each row's number of pad tokens on the left. Raises `CacheError` (CA-ARGS) for impossible sizes, and
+        `GenerateError` (GN-MODEL) for an encoder.
         """
         import torch
 
         self._require_open()
-        if not self.plan.facts.layers:
-            raise CacheError("CA-ARGS", f"a {self.plan.facts.architecture} model has no cache")
+        self.plan.require_generation()
+        capacity, limit = self.plan.context if max_len is None else max_len, self.plan.facts.position_limit
+        if limit is not None and isinstance(capacity, int) and capacity > limit:
+            raise CacheError("CA-ARGS", f"{capacity}, but the model has positions for {limit}", locus="max_len")
         choice = self.plan.choices["caches"]
         with torch.inference_mode(False):  # buffers made inside an inference block could not be used outside
             return self._parts["caches"].create(
-                self.plan.facts.layers,
+                self.plan.facts.cached_layers,
                 batch=batch,
-                capacity=self.plan.context if max_len is None else max_len,
+                capacity=capacity,
                 dtype=self._dtype,
                 device=self._device,
                 padding=padding,
@@ -277,46 +241,72 @@ class Model:
     def __call__(
         self, input_ids: Any, cache: Cache | None = None, attention_mask: Any = None, token_type_ids: Any = None
     ) -> Tensor:
-        """Logits [batch, tokens, vocab] of `input_ids` int64 [batch, tokens], following what `cache` holds.
+        """Logits [batch, tokens, vocab] of `input_ids` int64 [batch, tokens], following what `cache` holds; of an encoder what its
+        head gives: [batch, tokens, vocab, labels or hidden], or [batch, labels] for a class of each text.
 
         Positions and masks come from the cache. `attention_mask` [batch, tokens] (1 token, 0 padding, on either side) is for
-        padded batches; with a cache, only for its first call.
+        padded batches; with a cache, only for its first call. `token_type_ids` [batch, tokens] are for models that know them.
         """
         import torch
 
-        from modelrig.generation.inputs import as_batch
-
-        if token_type_ids is not None:
-            raise GenerateError("GN-INPUT", f"a {self.plan.facts.architecture} model has no token types", locus="token_type_ids")
-        ids = as_batch(input_ids, self.plan.facts.vocab_size).to(self._device)
+        batch = self._batch(input_ids, attention_mask, token_type_ids)
         with torch.no_grad():
-            if attention_mask is None:
-                return self._forward(ids, cache, None)
-            from modelrig.modules.padding import PaddedBatch
-
-            batch = PaddedBatch(ids, attention_mask)
             if cache is not None:
-                if cache.length:
-                    raise GenerateError("GN-INPUT", "only the first call on a cache can be padded", locus="attention_mask")
-                if cache.batch == ids.shape[0]:
-                    cache.reset(batch.padding)
-            return batch.restore(self._forward(batch.ids, cache, batch.padding))
+                return batch.restore(self._follow(cache, batch))
+            types = () if batch.token_types is None else (False, batch.token_types)
+            return batch.restore(self.step(batch.ids, batch.slots(), *types))
 
-    def _forward(self, ids: Tensor, cache: Cache | None, padding: Sequence[int] | None) -> Tensor:
-        import torch
+    def _batch(self, input_ids: Any, attention_mask: Any, token_type_ids: Any) -> Batch:
+        from modelrig.encoding.batch import Batch
 
+        return Batch(self.plan.facts, self._device, input_ids, attention_mask, token_type_ids)
+
+    def _follow(self, cache: Cache, batch: Batch) -> Tensor:
+        """Logits of what follows `cache`, which keeps it."""
         from modelrig.generation.caches import begin
-        from modelrig.modules.slots import uncached_slots
 
-        batch, count = ids.shape
-        if cache is None:
-            starts = torch.tensor(padding, device=self._device) if padding is not None and any(padding) else None
-            return self.step(ids, uncached_slots(batch, count, len(self.plan.facts.layers), starts, self._device))
-        if cache.batch != batch:
-            raise CacheError("CA-ARGS", f"the cache has {cache.batch} rows, the input {batch}", locus="batch")
-        logits = self.step(ids, begin(cache, count))
+        self.plan.require_generation()
+        rows, count = batch.ids.shape
+        if batch.padding is not None and cache.length:
+            raise GenerateError("GN-INPUT", "only the first call on a cache can be padded", locus="attention_mask")
+        if cache.batch != rows:
+            raise CacheError("CA-ARGS", f"the cache has {cache.batch} rows, the input {rows}", locus="batch")
+        if batch.padding is not None:
+            cache.reset(batch.padding)
+        logits = self.step(batch.ids, begin(cache, count))
         cache.commit(count)
         return logits
+
+    def encode(self, input_ids: Any, attention_mask: Any = None, token_type_ids: Any = None, all_layers: bool = False) -> Encoded:
+        """Hidden states of `input_ids` [batch, tokens] by an encoder: `.hidden`, `.pooled`, and with `all_layers` `.layers`.
+
+        Raises `GenerateError`: GN-MODEL for a model that generates, GN-INPUT and GN-CONTEXT for inputs it cannot take.
+        """
+        from modelrig.encoding.encoder import encode
+
+        self.plan.require_encoding()
+        return encode(self.module, self._batch(input_ids, attention_mask, token_type_ids), all_layers)
+
+    def embed(self, texts: str | Sequence[str], *, normalize: bool | None = None, pooling: str | None = None) -> Tensor:
+        """A vector for each text by an encoder, float32 [texts, numbers] in main memory.
+
+        Args:
+            texts: cut to the tokens that the folder says or the context holds, whichever is fewer.
+            normalize, pooling: whether vectors have the length 1, and mean, cls or max of the tokens' states; by default as the
+                folder's files of sentence-transformers say, without which the mean is taken as it is.
+
+        Raises:
+            GenerateError: GN-MODEL for a model that generates, GN-TOKENIZER, GN-INPUT, GN-ARGS.
+            ConfigError: those files are wrong, or ask for what is not served.
+        """
+        from modelrig.encoding.encoder import embed
+        from modelrig.encoding.recipe import read_recipe
+
+        self._require_open()
+        self.plan.require_encoding()
+        if self._recipe is None:
+            self._recipe = read_recipe(self.plan.snapshot, self.plan.facts.hidden_size)
+        return embed(self.encode, self.tokenizer, self._recipe, texts, self.plan, normalize=normalize, pooling=pooling)
 
     # ------------------------------------------------------------------------------------------ generate
 
@@ -348,6 +338,7 @@ class Model:
 
     def session(self, max_len: int | None = None) -> Session:
         """A conversation that keeps its cache across turns."""
+        self.plan.require_generation()
         from modelrig.generation.session import Session
 
         return Session(self.new_cache(1, max_len), self._encode_turn, self._start_turn, self.plan.generation)
@@ -400,8 +391,7 @@ class Model:
 
         self._require_open()
         size = self.plan.facts.vocab_size
-        if not self.plan.facts.generates:
-            raise GenerateError("GN-INPUT", f"a {self.plan.facts.architecture} model does not generate text")
+        self.plan.require_generation()
         if (prompt is None) == (messages is None):
             raise GenerateError("GN-INPUT", "give either a prompt or messages")
         if messages is not None:
@@ -433,8 +423,16 @@ class Model:
         from modelrig.generation.loop import Engine
 
         eos = self.tokenizer.eos_ids if self.tokenizer is not None else self.plan.eos_ids
-        chunkable, size = getattr(self.module, "chunkable", True), self.plan.facts.vocab_size
-        return Engine(self.step, chunkable, size, self._device, self.tokenizer, tuple(eos), self._other_form)
+        return Engine(
+            step=self.step,
+            stable_length=getattr(self.module, "stable_length", None),
+            restarts_at=getattr(self.module, "restarts_at", None),
+            vocab_size=self.plan.facts.vocab_size,
+            device=self._device,
+            tokenizer=self.tokenizer,
+            eos_ids=tuple(eos),
+            other_form=self._other_form,
+        )
 
     def _encode_turn(self, prompt: Any, messages: Sequence[Message] | None, follows: bool) -> list[int]:
         rows, _ = self._ids(prompt, messages, follows)

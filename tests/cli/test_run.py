@@ -338,7 +338,7 @@ def test_ctrl_c_while_loading_is_quiet(capsys: pytest.CaptureFixture[str], monke
     def interrupted(*arguments: Any, **given: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("modelrig.loading.materialise.materialise", interrupted)
+    monkeypatch.setattr("modelrig.assembly.materialise", interrupted)
     assert (130, "", "interrupted") == (lambda code, out, err: (code, out, err.strip()))(*run(capsys, "tiny", TEXT))
 
 

@@ -85,7 +85,7 @@ def make(
     cache: Any = None,
     tokenizer: Tokenizer | None = None,
     decoder: Any = GreedyDecoder,
-    chunkable: bool = True,
+    stable_length: int | None = None,
     **options: Any,
 ) -> Run:
     longest = max(map(len, prompts))
@@ -93,7 +93,9 @@ def make(
     cache = cache or DynamicCache.create(
         LAYERS, batch=len(prompts), capacity=2000, dtype=torch.float32, device=CPU, padding=padding
     )
-    engine = Engine(table.step, chunkable, table.vocab, CPU, tokenizer, (EOS,))
+    engine = Engine(
+        step=table.step, stable_length=stable_length, vocab_size=table.vocab, device=CPU, tokenizer=tokenizer, eos_ids=(EOS,)
+    )
     return Run(engine, decoder, cache, prompts, prompts, GenerateOptions.make(**options), limit)
 
 
@@ -154,10 +156,10 @@ def test_pieces_have_the_tokens_of_their_row_until_it_ends() -> None:
     ] == list(run)  # fmt: skip
 
 
-@pytest.mark.parametrize(("chunkable", "parts"), [(True, [512, 512, 76]), (False, [1100])])
-def test_long_prompts_come_in_parts_where_the_model_allows_it(chunkable: bool, parts: list[int]) -> None:
+@pytest.mark.parametrize(("stable_length", "parts"), [(None, [512, 512, 76]), (1099, [1100]), (1100, [512, 512, 76])])
+def test_long_prompts_come_in_parts_where_the_model_allows_it(stable_length: int | None, parts: list[int]) -> None:
     table, prompt = Table({}), [number % VOCAB for number in range(1100)]
-    assert [[20]] == tokens(make(table, [prompt], 1, chunkable=chunkable))
+    assert [[20]] == tokens(make(table, [prompt], 1, stable_length=stable_length))
     assert parts == [len(rows[0]) for rows, _ in table.fed]
     assert all(last_only for _, last_only in table.fed)
     assert prompt == [token for rows, _ in table.fed for token in rows[0]]
@@ -228,7 +230,7 @@ def test_logits_that_are_not_finite_end_the_call() -> None:
         return step(*arguments) * (math.nan if len(count) == 3 else 1.0)
 
     run = make(table, [[3]])
-    run.engine = Engine(broken, True, VOCAB, CPU, None, ())
+    run.engine = Engine(step=broken, vocab_size=VOCAB, device=CPU, tokenizer=None, eos_ids=())
     ended: list[int] = []
     run.on_end = lambda: ended.append(1)
     with pytest.raises(GenerateError, match="after 2 new tokens") as caught:
@@ -457,7 +459,7 @@ def test_figures_count_what_was_done(monkeypatch: pytest.MonkeyPatch) -> None:
         return step(*arguments)
 
     run = make(table, [[1, 2, 3], [10]], 5)
-    run.engine = Engine(timed, True, VOCAB, CPU, None, (EOS,))
+    run.engine = Engine(step=timed, vocab_size=VOCAB, device=CPU, tokenizer=None, eos_ids=(EOS,))
     for _ in run:
         now[0] += 100  # what the caller does is not decoding
     first, second = (result.stats for result in run.results())

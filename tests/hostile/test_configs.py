@@ -47,7 +47,7 @@ NO_MODEL_TYPE = {
 NO_ROPE = {"CF-TYPE": ["linear", 2, True, [], ["linear", 2.0]], "CF-JSON": [NAN]}
 NO_SCALING = {
     "CF-ENUM rope_type": [{"rope_type": name, "factor": 2.0} for name in ("magic", "../../x", "su", "")],
-    "CF-ENUM type": [{"type": "longrope", "factor": 2.0}],
+    "CF-ENUM type": [{"type": "longer", "factor": 2.0}],
     "CF-TYPE rope_type": [{"rope_type": value, "factor": 2.0} for value in (3, ["linear"], {})],
     "CF-MISSING factor": [{"rope_type": kind} for kind in ("linear", "dynamic")],
     "CF-RANGE factor": [{"rope_type": "linear", "factor": value} for value in (0, -2, 1e300, 1e-300)],

@@ -13,11 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fillers import CPU, Reader, wanted, write
+from modelrig.checkpoint import in_place
+from modelrig.checkpoint.in_place import consecutive
 from modelrig.components import Catalog, Part
 from modelrig.errors import FileError
-from modelrig.loading import stitching, transport
+from modelrig.loading import transport
 from modelrig.loading.filling import Filler, Wanted
-from modelrig.loading.pieces import consecutive
 from residue import held, mappings, resident_bytes
 
 MIB = 1 << 20
@@ -27,7 +28,7 @@ EXPERTS, ROWS, COLUMNS = 5, 24, 512  # 12 pages each in float32
 
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stitching, "PART_BYTES", 1)
+    monkeypatch.setattr(in_place, "PART_BYTES", 1)
 
 
 @pytest.fixture
@@ -123,7 +124,7 @@ def test_what_is_joined_is_what_torch_joins(
         other = (0, columns)
         parts.append(Part(name, tuple(tensor.shape), into=(span, other) if dim == 0 else (other, span)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stitching, "PART_BYTES", 1)
+        patch.setattr(in_place, "PART_BYTES", 1)
         [made], _ = loaded(write(folder, *stored), wanted("joined", expected, *parts))
     assert made.dtype == dtype and torch.equal(expected, made)
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from modelrig.errors import quoted
 
 if TYPE_CHECKING:
     from modelrig.checkpoint.config import ConfigReader
 
-KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
+KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope", "proportional")
 #: the kinds whose frequencies depend on where the model was first trained to
-TRAINED_LENGTH = ("llama3", "yarn")
+TRAINED_LENGTH = ("llama3", "yarn", "longrope")
 #: beyond these the frequencies of a head are no longer finite float32 numbers
 THETA = (1e-6, 1e15)
 
@@ -25,7 +25,7 @@ class RopeSpec:
 
     kind: str
     theta: float
-    dim: int  # rotated dimensions of a head
+    dim: int  # dimensions of a head that are turned, from the first on
     max_positions: int  # config's max_position_embeddings
     factor: float = 1.0
     original_positions: int | None = None
@@ -37,6 +37,9 @@ class RopeSpec:
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool = True
+    short_factors: tuple[float, ...] = ()  # longrope: what each pair's wavelength is multiplied by, up to `original_positions`
+    long_factors: tuple[float, ...] = ()  # and beyond
+    proportion: float = 1.0  # proportional: of the pairs, how many turn at all
 
     @property
     def context_length(self) -> int:
@@ -48,37 +51,85 @@ class RopeSpec:
         return self.max_positions
 
     @property
-    def depends_on_length(self) -> bool:
-        """Frequencies change with the length of the sequence, so one forward over a prompt differs from several over its parts."""
-        return self.kind == "dynamic"
+    def stable_length(self) -> int | None:
+        """Frequencies change with the length of a sequence beyond this one, so that one forward over a longer prompt differs from
+        several over its parts; None where they never change."""
+        return {"dynamic": self.max_positions, "longrope": self.original_positions}.get(self.kind)
 
 
-def read_rope(reader: ConfigReader, dim: int, max_positions: int) -> RopeSpec:
-    """Rotary settings from `rope_parameters` (v5), or `rope_scaling` and a top-level `rope_theta` (v4).
+def read_rope(
+    reader: ConfigReader,
+    head_dim: int,
+    max_positions: int,
+    *,
+    theta: float = 10_000.0,
+    theta_key: str = "rope_theta",
+    partial: float | None = None,
+    partial_key: str = "partial_rotary_factor",
+    renamed: Mapping[str, str] | None = None,
+    original: int | None = None,
+) -> RopeSpec:
+    """Rotary settings from `rope_parameters` (v5), or `rope_scaling` and keys of their own (v4). Problems are left in `reader`.
 
-    `rope_type` wins over the older `type`. Where both spellings are there they must not say different things. Problems are left
-    in `reader`.
+    `rope_type` wins over the older `type`. Where both spellings are there they must not say different things.
+
+    Args:
+        theta, original: for configs that lack the key. `original` is then the length the model was trained to.
+        theta_key, partial_key: the v4 keys.
+        partial: the part of a head that turns in configs that lack the key; None for an architecture that turns whole heads.
+        renamed: kinds this family calls otherwise.
     """
-    top_theta = reader.number("rope_theta", *THETA, default=10_000.0)
+    top_theta = reader.number(theta_key, *THETA, default=theta)
     settings, older = reader.child("rope_parameters"), reader.child("rope_scaling")
     if settings is not None and settings.values:
-        _require_same(reader, settings.values)
+        _require_same(reader, settings.values, theta_key)
     else:
         settings = older
+    top_partial = None if partial is None else reader.number(partial_key, 0.0, 1.0, default=partial, exclusive=True)
+    trained = reader.integer("original_max_position_embeddings", low=1, high=2**40, default=original)
+    spec = rope_from(settings, head_dim, max_positions, theta=top_theta, partial=top_partial, renamed=renamed, original=trained)
+    if partial is not None:
+        nested = settings is not None and "partial_rotary_factor" in settings
+        where = f"{settings.prefix}partial_rotary_factor" if settings is not None and nested else partial_key
+        text = f"{spec.dim} of {head_dim} dimensions of a head would turn, and rotary embeddings turn pairs"
+        reader.require(spec.dim % 2 == 0 and spec.dim > 0, "CF-REL", where, text, uses=("head_dim", "hidden_size"))
+    return spec
+
+
+def rope_from(
+    settings: ConfigReader | None,
+    head_dim: int,
+    max_positions: int,
+    *,
+    theta: float,
+    partial: float | None = None,
+    renamed: Mapping[str, str] | None = None,
+    original: int | None = None,
+) -> RopeSpec:
+    """What one object of settings says; `original`, where it is not None, wins over its own key, as in transformers."""
     if settings is None:
-        return RopeSpec(kind="default", theta=top_theta, dim=dim, max_positions=max_positions)
-    kind = settings.choice("rope_type", KINDS, default=settings.choice("type", KINDS, default="default"))
-    partial = settings.number("partial_rotary_factor", low=0.0, high=1.0, default=1.0, exclusive=True)
-    settings.require(partial == 1.0, "CF-RANGE", "partial_rotary_factor", "this architecture rotates whole heads: must be 1.0")
-    theta = settings.number("rope_theta", *THETA, default=top_theta)
-    if kind == "default":
-        return RopeSpec(kind=kind, theta=theta, dim=dim, max_positions=max_positions)
-    original = None
-    if kind in TRAINED_LENGTH:
-        outer = reader.integer("original_max_position_embeddings", low=1, high=2**40, default=max_positions)
-        original = settings.integer("original_max_position_embeddings", low=1, high=2**40, default=outer)
-    if kind == "yarn" and original is not None and "factor" not in settings:
-        factor = max_positions / original
+        return RopeSpec(kind="default", theta=theta, dim=int(head_dim * (partial or 1.0)), max_positions=max_positions)
+    names = renamed or {}
+    kinds = (*KINDS, *names)
+    kind = settings.choice("rope_type", kinds, default=settings.choice("type", kinds, default="default"))
+    kind = names.get(kind, kind)
+    part = settings.number("partial_rotary_factor", low=0.0, high=1.0, default=partial or 1.0, exclusive=True)
+    is_whole = partial is not None or part == 1.0 or kind == "proportional"
+    settings.require(is_whole, "CF-RANGE", "partial_rotary_factor", "this architecture rotates whole heads: must be 1.0")
+    theta = settings.number("rope_theta", *THETA, default=theta)
+    dim = head_dim if kind == "proportional" else int(head_dim * part)
+    spec = RopeSpec(kind=kind, theta=theta, dim=dim, max_positions=max_positions, proportion=part)
+    return spec if kind == "default" else _scaled(spec, settings, original)
+
+
+def _scaled(spec: RopeSpec, settings: ConfigReader, original: int | None) -> RopeSpec:
+    kind = spec.kind
+    if kind in TRAINED_LENGTH and original is None:
+        original = settings.integer("original_max_position_embeddings", low=1, high=2**40, default=spec.max_positions)
+    if kind in ("yarn", "longrope") and original is not None and "factor" not in settings:
+        factor = spec.max_positions / original
+    elif kind == "proportional":
+        factor = settings.number("factor", low=1e-6, high=1e9, default=1.0)
     else:
         factor = settings.number("factor", low=1e-6, high=1e9)
     low = high = 1.0
@@ -87,16 +138,21 @@ def read_rope(reader: ConfigReader, dim: int, max_positions: int) -> RopeSpec:
         high = settings.number("high_freq_factor", low=0.0, high=1e9, exclusive=True)
         settings.require(high > low, "CF-REL", "high_freq_factor", f"must be greater than low_freq_factor ({low})")
     if kind == "dynamic":
-        settings.require(dim > 2, "CF-REL", "rope_type", f"dynamic scaling needs a head_dim above 2, this model's is {dim}")
+        settings.require(
+            spec.dim > 2, "CF-REL", "rope_type", f"dynamic scaling needs a head_dim above 2, this model's is {spec.dim}"
+        )
     if kind == "yarn":
-        settings.require(theta != 1.0, "CF-RANGE", "rope_theta", "yarn needs a rope_theta other than 1")
-    return RopeSpec(
-        kind=kind,
-        theta=theta,
-        dim=dim,
-        max_positions=max_positions,
+        settings.require(spec.theta != 1.0, "CF-RANGE", "rope_theta", "yarn needs a rope_theta other than 1")
+    short: tuple[float, ...] = ()
+    long: tuple[float, ...] = ()
+    if kind == "longrope":
+        short, long = (_factors(settings, key, spec.dim // 2) for key in ("short_factor", "long_factor"))
+        is_defined = original != 1 or factor <= 1 or "attention_factor" in settings
+        settings.require(is_defined, "CF-RANGE", "original_max_position_embeddings", "1; longrope needs a length of at least 2")
+    return evolve(
+        spec,
         factor=factor,
-        original_positions=original,
+        original_positions=original if kind in TRAINED_LENGTH else None,
         low_frequency_factor=low,
         high_frequency_factor=high,
         beta_fast=_rotations(settings, "beta_fast", 32.0),
@@ -105,7 +161,15 @@ def read_rope(reader: ConfigReader, dim: int, max_positions: int) -> RopeSpec:
         mscale=settings.number("mscale", low=0.0, high=1e9, default=None),
         mscale_all_dim=settings.number("mscale_all_dim", low=0.0, high=1e9, default=None),
         truncate=settings.boolean("truncate", default=True),
+        short_factors=short,
+        long_factors=long,
     )
+
+
+def _factors(settings: ConfigReader, key: str, pairs: int) -> tuple[float, ...]:
+    factors = settings.numbers(key, 1e-6, 1e9)
+    settings.require(len(factors) == pairs, "CF-REL", key, f"{len(factors)} numbers for {pairs} pairs of dimensions")
+    return factors
 
 
 def _rotations(settings: ConfigReader, key: str, usual: float) -> float:
@@ -115,13 +179,13 @@ def _rotations(settings: ConfigReader, key: str, usual: float) -> float:
     return value or usual
 
 
-def _require_same(reader: ConfigReader, settings: Mapping[str, Any]) -> None:
+def _require_same(reader: ConfigReader, settings: Mapping[str, Any], theta_key: str) -> None:
     """Other programs read the v4 keys: where they say something else than `rope_parameters`, nobody knows what the weights need."""
     older = reader.child("rope_scaling")
-    said = [("rope_theta", "rope_theta", reader.values.get("rope_theta"))]
+    said = [(theta_key, "rope_theta", reader.values.get(theta_key))]
     said += [(f"rope_scaling.{key}", key, value) for key, value in (older.values if older else {}).items()]
     for where, key, value in said:
         name = "rope_type" if key == "type" else key
-        other = settings.get(name, settings.get(key, value if where == "rope_theta" else None))
+        other = settings.get(name, settings.get(key, value if where == theta_key else None))
         if value is not None and other != value:
             reader.problem("CF-REL", where, f"{quoted(value)}, but rope_parameters.{name} is {quoted(other)}")

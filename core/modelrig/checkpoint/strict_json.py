@@ -182,7 +182,17 @@ def _key_of(wanted: _Refused, value: Any) -> str:
 def load_json(
     path: Path, *, error: type[CheckpointError], prefix: str, max_bytes: int = MAX_BYTES, max_digits: int = MAX_DIGITS
 ) -> dict[str, Any]:
-    """The JSON object in the file `path`.
+    """The JSON object in the file `path`, by `load_json_value`."""
+    value = load_json_value(path, error=error, prefix=prefix, max_bytes=max_bytes, max_digits=max_digits)
+    if not isinstance(value, dict):
+        raise error(f"{prefix}-JSON", f"a JSON object is needed, this is {quoted(value)}", path=path)
+    return value
+
+
+def load_json_value(
+    path: Path, *, error: type[CheckpointError], prefix: str, max_bytes: int = MAX_BYTES, max_digits: int = MAX_DIGITS
+) -> Any:
+    """What is in the JSON file `path`.
 
     Args:
         error: the class to raise.
@@ -190,7 +200,7 @@ def load_json(
         max_digits: how long an integer may be; tokenizer_config.json writes 1e30 as one.
 
     Raises:
-        error: the content is not an acceptable JSON object; `<prefix>-MISSING` for a `CF` or `TK` file that is not there.
+        error: the content is not acceptable JSON; `<prefix>-MISSING` for a `CF` or `TK` file that is not there.
         FileError: not a regular readable file.
     """
 
@@ -224,6 +234,4 @@ def load_json(
         raise refuse("JSON", f"not JSON: {problem.msg} at line {problem.lineno}, column {problem.colno}") from problem
     except ValueError as problem:
         raise refuse("JSON", f"not JSON: {problem}") from problem
-    if not isinstance(value, dict):
-        raise refuse("JSON", f"a JSON object is needed, this is {quoted(value)}")
     return value

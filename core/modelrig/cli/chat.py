@@ -30,6 +30,7 @@ def command(model: str, request: dict[str, Any], generation: dict[str, Any], sys
     from modelrig.planning.tokenizer_files import require_text
 
     plan = modelrig.plan(model, **request)
+    plan.require_generation()  # before its weights are read
     require_text(plan.snapshot)
     with plan.load(progress=not quiet) as loaded:
         session = loaded.session()

@@ -32,6 +32,7 @@ def command(model: str, prompt: str, request: dict[str, Any], generation: dict[s
     if prompt == "-":
         prompt = read_input(methodcaller("read"))
     plan = modelrig.plan(model, **request)
+    plan.require_generation()  # before its weights are read
     require_text(plan.snapshot)
     with plan.load(progress=not quiet) as loaded:
         if as_json:

@@ -75,7 +75,7 @@ class CachePool:
 
     def _require_room(self, batch: int, needed: int) -> None:
         plan, choice = self._plan, self._plan.choices["caches"]
-        planned = choice.registered.planner().nbytes(plan.facts.layers, batch, needed, plan.dtype, choice.options)
+        planned = choice.registered.planner().nbytes(plan.facts.cached_layers, batch, needed, plan.dtype, choice.options)
         available = plan.environment.available_bytes(plan.device)
         if available is not None and planned > available:
             raise ResourceLimitError(

@@ -11,7 +11,7 @@ import torch
 from attrs import define, frozen
 from torch import Tensor
 
-from modelrig.errors import PluginError
+from modelrig.errors import CacheError, PluginError
 from modelrig.generation.caches import begin
 from modelrig.generation.detokenizer import Detokenizer
 from modelrig.generation.options import GenerateOptions
@@ -26,12 +26,18 @@ if TYPE_CHECKING:
 PREFILL_CHUNK = 512  # tokens of a prompt per step: bounds activations, changes no result
 
 
-@frozen
+@frozen(kw_only=True)
 class Engine:
-    """What the loop needs of a loaded model."""
+    """What the loop needs of a loaded model.
+
+    Attributes:
+        stable_length: a longer prompt is prefilled in one step, because parts would give another result; None for none.
+        restarts_at: beyond this length all keys are computed anew, because the model's positions then turn otherwise.
+    """
 
     step: Callable[..., Tensor]
-    chunkable: bool
+    stable_length: int | None = None
+    restarts_at: int | None = None
     vocab_size: int
     device: torch.device
     tokenizer: Tokenizer | None
@@ -159,7 +165,7 @@ class Run:
             raise no_text(engine.other_form, "find a text to stop at in its ids", locus="stop")
         batch = len(prompts)
         stop_ids = {*(() if options.ignore_eos else engine.eos_ids), *(options.stop_ids or ())}
-        self.engine, self.cache, self.prompts = engine, cache, prompts
+        self.engine, self.cache, self.prompts, self.histories = engine, cache, prompts, histories
         self.sampler = Sampler(options, batch, engine.vocab_size, engine.device, sorted(stop_ids))
         self.sampler.start(histories)
         self.decoder = decoder.open(batch, self._choose, decoder_options)
@@ -177,6 +183,7 @@ class Run:
         self.prefill_seconds = self.decode_seconds = 0.0
         self._is_used = False
         self._held = 0  # tokens in the cache before this run
+        self._fed: list[Tensor] = []  # ids [batch, n] that this run put there, if it may have to do so again
 
     def _choose(self, logits: Tensor) -> Tensor:
         """Logits [batch, vocab] → ids [batch], by the call's options."""
@@ -224,21 +231,47 @@ class Run:
         length = max(map(len, self.prompts))
         padded = [[0] * (length - len(prompt)) + list(prompt) for prompt in self.prompts]
         ids = torch.tensor(padded, device=self.engine.device)
-        chunk = PREFILL_CHUNK if self.engine.chunkable else length
+        stable = self.engine.stable_length
+        chunk = PREFILL_CHUNK if stable is None or self._held + length <= stable else length
         for start in range(0, length, chunk):
-            part = ids[:, start : start + chunk]
-            logits = self.engine.step(part, begin(self.cache, part.shape[1]), True)
-            self.cache.commit(part.shape[1])
+            logits, before = self._feed(ids[:, start : start + chunk], last_only=True)
+            self.cache.commit(before + ids[:, start : start + chunk].shape[1])
         return logits
+
+    def _feed(self, ids: Tensor, *, last_only: bool) -> tuple[Tensor, int]:
+        """The logits of `ids` [batch, n], or only of the last, and how many tokens before them have to be committed again."""
+        if self.engine.restarts_at is None:
+            return self.engine.step(ids, begin(self.cache, ids.shape[1]), last_only), 0
+        self._fed.append(ids)
+        if not self._crosses(self.cache.length, ids.shape[1]):
+            return self.engine.step(ids, begin(self.cache, ids.shape[1]), last_only), 0
+        before, count = self._held, ids.shape[1]
+        if before and [len(history) for history in self.histories] != [before + len(prompt) for prompt in self.prompts]:
+            text = f"beyond {self.engine.restarts_at} tokens all of them are computed anew, and those in the cache are not known"
+            raise CacheError("CA-REWIND", text, hint="begin with an empty cache, or use a session")
+        known = [history[:before] for history in self.histories]
+        ids = torch.cat((torch.tensor(known, dtype=torch.int64, device=ids.device).view(ids.shape[0], -1), *self._fed), dim=1)
+        self.cache.rewind(0)
+        logits = self.engine.step(ids, begin(self.cache, ids.shape[1]), last_only or count == 1)
+        return logits[:, -count:], ids.shape[1] - count
+
+    def _crosses(self, held: int, count: int) -> bool:
+        """Whether `count` more tokens lead a row from within the length at which the model restarts to beyond it."""
+        assert self.engine.restarts_at is not None
+        longest = max(map(len, self.prompts))
+        padding = {0 if self._held else longest - len(prompt) for prompt in self.prompts}
+        return any(0 < held - pad <= self.engine.restarts_at < held + count - pad for pad in padding)
 
     def _step(self, last: Tensor) -> Tensor:
         """One turn of the loop: the ids that follow `last` [batch, 1], at least one a row."""
         with torch.inference_mode():
             drafts = self.decoder.propose(last[:, 0])
             ids = last if drafts is None else torch.cat((last, drafts), dim=1)
-            logits = self.engine.step(ids, begin(self.cache, ids.shape[1]))
+            logits, before = self._feed(ids, last_only=False)
             accepted = self._accept(logits, drafts)
-            self.cache.commit(accepted.shape[1])
+            self.cache.commit(before + accepted.shape[1])
+            if self._fed:
+                self._fed[-1] = ids[:, : accepted.shape[1]]
         return accepted
 
     def _keep_answer(self, last: Tensor) -> None:
@@ -248,8 +281,8 @@ class Run:
             self.cache.rewind(end)
             return
         with torch.inference_mode():
-            self.engine.step(last, begin(self.cache, 1), True)
-            self.cache.commit(1)
+            _, before = self._feed(last, last_only=True)
+            self.cache.commit(before + 1)
 
     def _accept(self, logits: Tensor, drafts: Tensor | None) -> Tensor:
         accepted = self.decoder.accept(logits, drafts)

@@ -98,6 +98,25 @@ class Tokenizer:
         with _panics_typed(self._path, "encoding texts"):
             return [list(one.ids) for one in self._rust.encode_batch(list(texts), add_special_tokens=add_special_tokens)]
 
+    def encode_within(self, texts: Sequence[str], limit: int) -> list[tuple[list[int], list[int]]]:
+        """(ids, token types) of each of `texts` with its special tokens: its first ones if there are more than `limit`.
+
+        Raises:
+            TokenizerError: TK-LIMIT if the special tokens alone are more; else as `encode` does.
+        """
+        for text in texts:
+            _check_text(text, self._path)
+        with _panics_typed(self._path, "encoding texts"):
+            special = self._rust.num_special_tokens_to_add(False)
+            if special > limit:
+                raise TokenizerError("TK-LIMIT", f"adds {special} tokens to a text, and {limit} are the most", path=self._path)
+            found = []
+            for one in self._rust.encode_batch(list(texts), add_special_tokens=False):
+                one.truncate(limit - special)
+                whole = self._rust.post_process(one)
+                found.append((list(whole.ids), list(whole.type_ids)))
+            return found
+
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of `ids`. Ids that stand for no token (rows that pad a model's vocabulary) have no text."""
         try:

@@ -23,9 +23,10 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
+from modelrig.checkpoint.in_place import run_of
 from modelrig.components import DTYPE_BITS, Catalog, FormatReader, Part, Region, TensorEntry
 from modelrig.errors import LoadError
-from modelrig.loading.pieces import PIECE_BYTES, Piece, pieces, run_of
+from modelrig.loading.pieces import PIECE_BYTES, Piece, pieces
 from modelrig.loading.progress import Progress
 from modelrig.loading.stitching import allocate_to_stitch, stitch
 from modelrig.loading.transport import TensorFileReader, allocate_pages, check_unchanged, populate_pages

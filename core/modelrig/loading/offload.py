@@ -29,10 +29,11 @@ import torch
 from attrs import define, field, frozen
 from torch import Tensor, nn
 
+from modelrig.checkpoint.in_place import is_whole
 from modelrig.errors import LoadError
 from modelrig.loading.filling import READERS_ON_NETWORK, Filler, Wanted, num_readers
 from modelrig.loading.paging import SLOTS, Paging
-from modelrig.loading.pieces import Piece, is_whole, pieces
+from modelrig.loading.pieces import Piece, pieces
 from modelrig.loading.ring import PinnedRing
 from modelrig.loading.runs import Laid, lay_out_runs
 from modelrig.loading.transport import allocate_pages, drop_pages, fetch_pages

@@ -13,6 +13,7 @@ from math import prod
 from attrs import evolve, frozen
 from torch import Tensor
 
+from modelrig.checkpoint.in_place import elements, is_whole
 from modelrig.checkpoint.mapping import extent
 from modelrig.components import DTYPE_BITS, Part, Region, TensorEntry
 
@@ -37,33 +38,6 @@ class Piece:
             assert self.rows is not None
             return decoded.view(self.rows)[self.cut].reshape(self.into.shape)
         return decoded if decoded.shape == self.into.shape else decoded.reshape(self.into.shape)
-
-
-def is_whole(part: Part) -> bool:
-    """Whether the part is the stored tensor as it is, and all of the final one."""
-    return part.taken is None and part.axes is None and part.order is None and part.into is None
-
-
-def consecutive(shape: tuple[int, ...], region: Region) -> int | None:
-    """The first element of a region whose elements lie one after the other in a tensor of this shape; None where they do not."""
-    first, stride, is_cut = 0, 1, False
-    for size, (start, stop) in zip(reversed(shape), reversed(region), strict=True):
-        if is_cut and stop - start != 1:
-            return None
-        is_cut |= stop - start != size
-        first += start * stride
-        stride *= size
-    return first
-
-
-def run_of(entry: TensorEntry, part: Part, shape: tuple[int, ...]) -> TensorEntry | None:
-    """The bytes of `entry` that are, as they are stored, all of a tensor of this shape; None where there is no such run."""
-    if is_whole(part):
-        return entry
-    if part.order is not None or (part.into is not None and part.into != tuple((0, size) for size in shape)):
-        return None
-    first = 0 if part.taken is None else consecutive(entry.shape, part.taken)
-    return None if first is None else evolve(_run(entry, first, prod(shape), DTYPE_BITS[entry.dtype]), shape=shape)
 
 
 def destination(tensor: Tensor, part: Part) -> Tensor:
@@ -115,11 +89,11 @@ def _runs(entry: TensorEntry, first: int, into: Tensor) -> Iterator[Piece]:
     bits = DTYPE_BITS[entry.dtype]
     count = max(8, PIECE_BYTES // bits * 8)  # a multiple of 8: whole bytes of any dtype
     if into.numel() <= count:
-        yield Piece(_run(entry, first, into.numel(), bits), into)
+        yield Piece(elements(entry, first, into.numel(), bits), into)
         return
     for start in range(0, into.numel(), count):
         end = min(start + count, into.numel())
-        yield Piece(_run(entry, first + start, end - start, bits), into[start:end])
+        yield Piece(elements(entry, first + start, end - start, bits), into[start:end])
 
 
 def _rows(entry: TensorEntry, taken: Region, is_run: bool, into: Tensor) -> Iterator[Piece]:
@@ -134,7 +108,7 @@ def _rows(entry: TensorEntry, taken: Region, is_run: bool, into: Tensor) -> Iter
             if together > 1:
                 yield from _pieces(entry, ((first, first + together), *taken[1:]), part)
             else:
-                one = evolve(_run(entry, first * row, row, bits), shape=entry.shape[1:])
+                one = evolve(elements(entry, first * row, row, bits), shape=entry.shape[1:])
                 yield from _pieces(one, taken[1:], part)
         return
     count = max(1, PIECE_BYTES * 8 // (bits * row * together)) if row else into.shape[0]
@@ -142,9 +116,5 @@ def _rows(entry: TensorEntry, taken: Region, is_run: bool, into: Tensor) -> Iter
     for start in range(0, into.shape[0], count):
         part = into[start : start + count]
         rows = part.shape[0] * together
-        run = _run(entry, (begin + start * together) * row, rows * row, bits)
+        run = elements(entry, (begin + start * together) * row, rows * row, bits)
         yield Piece(run, part) if is_run else Piece(run, part, (rows, *entry.shape[1:]), (slice(None), *inner))
-
-
-def _run(entry: TensorEntry, first: int, count: int, bits: int) -> TensorEntry:
-    return evolve(entry, shape=(count,), offset=entry.offset + first * bits // 8, nbytes=(count * bits + 7) // 8)

@@ -1,14 +1,11 @@
 """A tensor that is put together of stored ones, such as stacked experts: its parts mapped side by side rather than read.
 
-A mapping consists of whole pages, so this serves parts that begin at the same place of a page in their files and in the tensor.
-Where the tensor begins is chosen so that it serves most of them: the sizes of real weights are multiples of a page, so those that
-follow one another in a file agree. Pages that two parts share are memory of the tensor's own, into which they are read.
+The sizes of real weights are multiples of a page, so parts that follow one another in a file mostly agree on where in a page the
+tensor should begin. Pages that two parts share are memory of the tensor's own, into which they are read.
 """
 
 from __future__ import annotations
 
-import mmap
-from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -16,31 +13,21 @@ import torch
 from attrs import evolve
 from torch import Tensor
 
+from modelrig.checkpoint.in_place import PAGE, find_stitches, place_in, whole_pages
 from modelrig.components import Part, TensorEntry
-from modelrig.loading.pieces import Piece, consecutive
+from modelrig.loading.pieces import Piece
 from modelrig.loading.transport import TensorFileReader, allocate_pages, map_over
 
 if TYPE_CHECKING:
     from modelrig.loading.filling import Wanted
 
-PART_BYTES = 1 << 20  # a smaller part is read: a process may have only so many mappings
-PAGE = mmap.PAGESIZE
-
 
 def allocate_to_stitch(one: Wanted, entries: Mapping[str, TensorEntry]) -> Tensor | None:
     """Memory for `one` such that `stitch` can map files over most of it; None where that is not possible."""
-    if len(one.sources) < 2 or not one.may_view or one.buffer is not None or one.device.type != "cpu" or one.dtype == torch.bool:
+    if not one.may_view or one.buffer is not None or one.device.type != "cpu":
         return None
-    begins: Counter[int] = Counter()
-    for part in one.sources:
-        entry = entries[part.name]
-        place = _place(entry, part, one)
-        if place is not None:
-            begins[(entry.offset - place) % PAGE] += entry.nbytes
-    [(begin, count)] = begins.most_common(1) or [(0, 0)]
-    if not count or count * 2 < one.nbytes or begin % one.dtype.itemsize:
-        return None
-    return allocate_pages(one.nbytes, begin).view(one.dtype).view(one.shape)
+    stitches = find_stitches(one.shape, _name(one), one.sources, entries)
+    return None if stitches is None else allocate_pages(one.nbytes, stitches.begin).view(one.dtype).view(one.shape)
 
 
 def stitch(file: TensorFileReader, entry: TensorEntry, part: Part, one: Wanted, tensor: Tensor) -> list[Piece] | None:
@@ -49,25 +36,19 @@ def stitch(file: TensorFileReader, entry: TensorEntry, part: Part, one: Wanted, 
     Returns:
         What remains to be read, at most two pieces of less than a page; None if nothing could be mapped.
     """
-    place = _place(entry, part, one)
+    place = place_in(one.shape, _name(one), part, entry)
     data = tensor.view(-1).view(torch.uint8)
     if place is None or (data.data_ptr() + place - entry.offset) % PAGE:
         return None
-    start, end = -entry.offset % PAGE, (entry.offset + entry.nbytes) // PAGE * PAGE - entry.offset
+    start, end = whole_pages(entry)
     if not map_over(data[place + start : place + end], file, entry.offset + start):
         return None
     edges = [(0, start), (end, entry.nbytes)]
     return [_piece(entry, place, first, last, tensor) for first, last in edges if first < last]
 
 
-def _place(entry: TensorEntry, part: Part, one: Wanted) -> int | None:
-    """The byte of the tensor from which on it is as `entry` is stored; None where it is not, or `entry` is too small."""
-    if entry.nbytes < PART_BYTES or entry.strides is not None or part.taken is not None or part.order is not None:
-        return None
-    if getattr(torch, entry.dtype, None) != one.dtype:
-        return None
-    first = 0 if part.into is None else consecutive(one.shape, part.into)
-    return None if first is None else first * one.dtype.itemsize
+def _name(one: Wanted) -> str:
+    return str(one.dtype).removeprefix("torch.")
 
 
 def _piece(entry: TensorEntry, place: int, first: int, last: int, tensor: Tensor) -> Piece:

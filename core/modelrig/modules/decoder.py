@@ -171,7 +171,7 @@ class Decoder(nn.Module):
 
     Args:
         ropes: of each layer; None where it knows no positions.
-        scale: what embeddings are multiplied by, rounded to the model's dtype.
+        scale: what embeddings are multiplied by; with `rounds_scale` rounded to the model's dtype.
     """
 
     def __init__(
@@ -184,20 +184,19 @@ class Decoder(nn.Module):
         ropes: tuple[RopeSpec | None, ...],
         context: BuildContext,
         scale: float = 1.0,
+        *,
+        rounds_scale: bool = False,
     ) -> None:
         super().__init__()
         self.embed_tokens = Embedding(vocab, hidden, context.dtype)
         self.layers = nn.ModuleList(blocks)
         self.norm = norm
-        self.scale = float(torch.tensor(scale, dtype=context.dtype))
+        self.scale = float(torch.tensor(scale, dtype=context.dtype)) if rounds_scale else scale
         distinct = tuple(dict.fromkeys(rope for rope in ropes if rope is not None))
         self.rotaries = nn.ModuleList(Rotary(rope, context.dtype) for rope in distinct)
         self.rotary_of_layer = tuple(len(distinct) if rope is None else distinct.index(rope) for rope in ropes)
+        self.stable_length = min((rope.stable_length for rope in distinct if rope.stable_length is not None), default=None)
         self.vector, self.masks = context.linear.vector, Masks(specs, context)
-
-    @property
-    def depends_on_length(self) -> bool:
-        return any(rotary.spec.depends_on_length for rotary in self.rotaries)  # type: ignore[union-attr]
 
     def forward(self, ids: Tensor, slots: Slots) -> Tensor:  # ids: [b, t] -> [b * t, hidden] or [hidden]
         x = self.embed_tokens(ids.view(()) if self.vector and ids.numel() == 1 else ids.reshape(-1))
@@ -213,11 +212,12 @@ class CausalLM(Network):
     """A decoder with a language-model head; `step` is what generation calls and compilers compile.
 
     Args:
-        decoder: a module (ids, slots) → hidden states, with the embedding that a tied head shares, and `depends_on_length`.
+        decoder: a module (ids, slots) → hidden states, with the embedding that a tied head shares, and `stable_length`.
         name: what checkpoints call it.
         embedding: what checkpoints call its embedding.
         logit_scale: what logits are multiplied by.
         logit_cap: what they then stay below: cap * tanh(logits / cap).
+        restarts_at: a longer sequence is computed anew from its beginning, because all its keys change.
     """
 
     def __init__(
@@ -232,10 +232,11 @@ class CausalLM(Network):
         embedding: str = "embed_tokens",
         logit_scale: float = 1.0,
         logit_cap: float | None = None,
+        restarts_at: int | None = None,
     ) -> None:
         super().__init__()
         self.add_module(name, decoder)
-        self.name, self.logit_scale, self.logit_cap = name, logit_scale, logit_cap
+        self.name, self.logit_scale, self.logit_cap, self.restarts_at = name, logit_scale, logit_cap, restarts_at
         self.lm_head = Linear(hidden, vocab, False, context.dtype)
         if tied:
             self.lm_head.weight = decoder.get_submodule(embedding).weight  # type: ignore[assignment]
@@ -245,9 +246,9 @@ class CausalLM(Network):
         return self._modules[self.name]  # type: ignore[return-value]
 
     @property
-    def chunkable(self) -> bool:
-        """A prompt may be prefilled in parts without changing its result."""
-        return not self.decoder.depends_on_length
+    def stable_length(self) -> int | None:
+        """A longer prompt must not be prefilled in parts, since that changes its result; None where any may."""
+        return self.decoder.stable_length  # type: ignore[return-value]
 
     def step(self, ids: Tensor, slots: Slots, last_only: bool = False) -> Tensor:
         """ids int64 [b, t] → logits [b, t, vocab], or [b, 1, vocab] with `last_only`."""

@@ -1,4 +1,4 @@
-"""Padded batches, on either side, as the left-padded ones that caches hold."""
+"""Padded batches, on either side, as the left-padded ones that caches hold and encoders see."""
 
 from __future__ import annotations
 
@@ -39,8 +39,12 @@ class PaddedBatch:
         # column of the original row that stands in each column of the rolled one, and back
         self._from = (columns - right[:, None]) % ids.shape[1]
         self._back = (columns + right[:, None]) % ids.shape[1]
-        self.ids = ids.gather(1, self._from)
+        self.ids = self.roll(ids)
         self.padding: list[int] = (first + right).tolist()
+
+    def roll(self, values: Tensor) -> Tensor:
+        """values [batch, tokens] that belong to the tokens, rolled as these are."""
+        return values.gather(1, self._from)
 
     def restore(self, values: Tensor) -> Tensor:
         """values [batch, tokens, n] of the rolled rows, in the order of the input."""

@@ -1,8 +1,8 @@
 """Rotary position embeddings: frequencies per scaling kind, and their application to queries and keys.
 
 The formulas are those of the papers: RoPE (Su et al. 2021), position interpolation (Chen et al. 2023), dynamic NTK (bloc97,
-emozilla 2023), YaRN (Peng et al. 2023), and Llama 3.1's smoothing between wavelengths; constants and conventions follow
-transformers' `modeling_rope_utils.py`, so that logits agree.
+emozilla 2023), YaRN (Peng et al. 2023), LongRoPE (Ding et al. 2024), and Llama 3.1's smoothing between wavelengths; constants and
+conventions follow transformers' `modeling_rope_utils.py`, so that logits agree.
 """
 
 from __future__ import annotations
@@ -26,7 +26,23 @@ def inverse_frequencies(spec: RopeSpec) -> tuple[Tensor, float]:
         return _smooth(plain, spec), 1.0
     if spec.kind == "yarn":
         return _yarn(plain, spec), _yarn_attention_factor(spec)
+    if spec.kind == "longrope":
+        return _long(spec, spec.short_factors), _long_attention_factor(spec)
+    if spec.kind == "proportional":
+        return torch.where(torch.arange(spec.dim // 2) < int(spec.proportion * spec.dim // 2), plain / spec.factor, 0.0), 1.0
     return plain, 1.0
+
+
+def _long(spec: RopeSpec, factors: tuple[float, ...]) -> Tensor:
+    steps = torch.arange(0, spec.dim, 2, dtype=torch.float32) / spec.dim
+    return 1.0 / (torch.tensor(factors, dtype=torch.float32) * spec.theta**steps)
+
+
+def _long_attention_factor(spec: RopeSpec) -> float:
+    assert spec.original_positions is not None
+    if spec.attention_factor is not None:
+        return spec.attention_factor
+    return 1.0 if spec.factor <= 1 else math.sqrt(1 + math.log(spec.factor) / math.log(spec.original_positions))
 
 
 def _smooth(plain: Tensor, spec: RopeSpec) -> Tensor:
@@ -79,19 +95,25 @@ class Rotary(nn.Module):
     """Positions [batch, count] → their `Rotation`."""
 
     inverse: Tensor
+    longer: Tensor  # longrope: beyond the length the model was trained to
 
     def __init__(self, spec: RopeSpec, dtype: torch.dtype) -> None:
         super().__init__()
         self.spec, self.dtype = spec, dtype
         self.register_buffer("inverse", torch.empty(spec.dim // 2, dtype=torch.float32, device="meta"), persistent=False)
+        longer = spec.dim // 2 if spec.kind == "longrope" else 0
+        self.register_buffer("longer", torch.empty(longer, dtype=torch.float32, device="meta"), persistent=False)
         self.scale = 1.0
 
     def init_buffers(self, device: torch.device) -> None:
         inverse, self.scale = inverse_frequencies(self.spec)
         self.inverse = inverse.to(device)
+        self.longer = (
+            _long(self.spec, self.spec.long_factors).to(device) if self.spec.kind == "longrope" else inverse[:0].to(device)
+        )
 
     def forward(self, positions: Tensor) -> Rotation:
-        inverse = self._stretched(positions) if self.spec.depends_on_length else self.inverse
+        inverse = self._stretched(positions) if self.spec.stable_length is not None else self.inverse
         angles = (positions[:, :, None].to(torch.float32) * inverse)[:, None]
         cos, sin = angles.cos(), angles.sin()
         if self.scale != 1.0:
@@ -99,12 +121,15 @@ class Rotary(nn.Module):
         return Rotation(torch.cat((cos, cos), dim=-1).to(self.dtype), torch.cat((-sin, sin), dim=-1).to(self.dtype))
 
     def _stretched(self, positions: Tensor) -> Tensor:
-        """Dynamic NTK: inverse frequencies [batch, 1, dim / 2] that grow with each row's own length, rows being independent."""
+        """Inverse frequencies [batch, 1, dim / 2] by each row's own length, rows being independent."""
         spec = self.spec
-        length = (positions.amax(dim=1) + 1).clamp(min=spec.max_positions).to(torch.float32)
+        length = (positions.amax(dim=1) + 1)[:, None, None]
+        if spec.original_positions is not None:
+            return torch.where(length > spec.original_positions, self.longer, self.inverse)
+        length = length.clamp(min=spec.max_positions).to(torch.float32)
         stretch = (spec.factor * length / spec.max_positions - (spec.factor - 1)) ** (spec.dim / (spec.dim - 2))
         steps = torch.arange(0, spec.dim, 2, dtype=torch.float32, device=positions.device) / spec.dim
-        return 1.0 / ((spec.theta * stretch)[:, None, None] ** steps)
+        return 1.0 / ((spec.theta * stretch) ** steps)
 
 
 def apply_rotary(x: Tensor, rotation: Rotation) -> Tensor:

@@ -202,8 +202,8 @@ def _placed(at: Situation, strategy: str, desk: Desk, negotiated: Negotiated, pl
     several = sum(is_gpu(device.name) for device in places) > 1 and len(facts.layers) == len(facts.blocks)
     beside: dict[str, int] = {}
     if several:
-        size = {spec: account.cache_bytes(at.context, at.batch, (spec,)) for spec in set(facts.layers)}
-        beside = {block: size[spec] for block, spec in zip(facts.blocks, facts.layers, strict=True)}
+        size = {spec: account.cache_bytes(at.context, at.batch, (spec,)) for spec in set(facts.cached_layers)}
+        beside = {block: size.get(spec, 0) for block, spec in zip(facts.blocks, facts.layers, strict=True)}
     devices = [
         evolve(device, reserve=account.reserve(device.name, at.context, at.batch, with_cache=not several)) for device in places
     ]
@@ -233,7 +233,7 @@ def open_account(at: Situation, desk: Desk, negotiated: Negotiated, placed: Plac
     Raises:
         PluginError: PL-CONTRACT when a planner cannot say its bytes.
     """
-    quantizer, cache = negotiated.choices["quantizers"], negotiated.choices["caches"]
+    quantizer, cache = negotiated.choices["quantizers"], negotiated.choices.get("caches")
     try:
         parts = add_up(desk.weighed(at, negotiated), at.device, None if placed is None else placed.where)
         account = Account(
@@ -241,8 +241,8 @@ def open_account(at: Situation, desk: Desk, negotiated: Negotiated, placed: Plac
             dtype=at.dtype,
             facts=desk.checkpoint.facts,
             weights=parts.pop(at.device),
-            cache=cache.registered.planner(),
-            cache_options=cache.options,
+            cache=None if cache is None else cache.registered.planner(),
+            cache_options=None if cache is None else cache.options,
             elsewhere=parts,
             slots=0 if placed is None else placed.slots,
             layers={} if placed is None else _layers(placed, desk.checkpoint.facts),
@@ -251,20 +251,21 @@ def open_account(at: Situation, desk: Desk, negotiated: Negotiated, placed: Plac
     except (ModelrigError, MemoryError):
         raise
     except Exception as error:
-        text = f"{quantizer.id} or {cache.id} failed to count its bytes: {cause(error)}"
+        text = f"{quantizer.id}{'' if cache is None else f' or {cache.id}'} failed to count its bytes: {cause(error)}"
         raise PluginError("PL-CONTRACT", text) from error
     return account
 
 
 def _layers(placed: Placed, facts: ModelFacts) -> dict[str, tuple[AttentionSpec, ...]]:
-    """GPU → the layers it runs, where several run; nothing where one device runs all."""
+    """GPU → the layers it runs and caches, where several run; nothing where one device runs all."""
     running = [device for device in placed.totals if runs(device, placed.main)]
     if len(running) < 2 or len(facts.layers) != len(facts.blocks):
         return {}
     at: dict[str, list[AttentionSpec]] = {}
     for block, spec in zip(facts.blocks, facts.layers, strict=True):
         device = placed.device_of(block)
-        at.setdefault(device if device in running else placed.main, []).append(spec)
+        if spec.causal:
+            at.setdefault(device if device in running else placed.main, []).append(spec)
     return {device: tuple(layers) for device, layers in at.items()}
 
 

@@ -36,7 +36,7 @@ def explain(plan: RigPlan) -> str:
 
 def summary(plan: RigPlan) -> str:
     """One line: the model, the parts, the place, the bytes."""
-    parts = " · ".join(plan.choices[kind].component for kind in KINDS[2:])
+    parts = " · ".join(plan.choices[kind].component for kind in KINDS[2:] if kind in plan.choices)
     size = human(plan.ledger.total("run", plan.device))
     others = "".join(f" and {device}" for device in dict.fromkeys(plan.device_map.values()) if device != plan.device)
     return f"{plan.reference}: {parts} · {plan.dtype} on {plan.device}{others} · context {plan.context} · {size}"
@@ -50,7 +50,7 @@ def _model(plan: RigPlan) -> Iterator[str]:
 
 def _rig(plan: RigPlan) -> Iterator[str]:
     rows = []
-    for kind in KINDS:
+    for kind in (kind for kind in KINDS if kind in plan.choices):
         choice = plan.choices[kind]
         options = plain_options(choice.options) or {}
         set_to = f" ({', '.join(f'{key}={value}' for key, value in options.items())})" if options else ""
@@ -58,11 +58,23 @@ def _rig(plan: RigPlan) -> Iterator[str]:
         sampling = plan.decoder_when_sampling
         if kind == "decoders" and sampling is not None and sampling.id != choice.id:
             rows.append(("", sampling.component, sampling.why))
+    kinds = plan.layer_kinds
+    if any(one.kind != "full" for one in kinds):
+        rows.append(("layers", ", ".join(f"{one.layers} {one.kind}" for one in kinds), "; ".join(_layers(plan))))
     rows.append(("device", plan.device, plan.origins["device"]))
     rows.append(("dtype", plan.dtype, plan.origins["dtype"]))
     rows.append(("context", f"{plan.context:,} tokens", plan.origins["context"]))
     rows.append(("batch", str(plan.batch), plan.origins["batch"]))
     yield from _aligned(rows)
+
+
+def _layers(plan: RigPlan) -> Iterator[str]:
+    """What layers of each kind see and keep."""
+    for one in plan.layer_kinds:
+        window = f", a window of {one.window:,} tokens" if one.window is not None else ""
+        kept = f", a cache of {human(one.cache_bytes)}" if one.cache_bytes else ""
+        if window or kept:
+            yield f"{one.kind}{window}{kept}"
 
 
 def _places(plan: RigPlan) -> Iterator[str]:
@@ -141,7 +153,8 @@ def _memory(plan: RigPlan) -> Iterator[str]:
             lines = [line for line in plan.ledger if line.device == device and line.moment == moment]
             if not lines:
                 continue
-            yield f"    {MOMENT_NAMES[moment]}: {human(sum(line.bytes for line in lines))}"
+            name = MOMENT_NAMES[moment] if plan.facts.generates or moment != "run" else "computing"
+            yield f"    {name}: {human(sum(line.bytes for line in lines))}"
             for line in lines:
                 yield f"      {human(line.bytes):<28} {line.what}" + ("" if line.exact else ", an estimate")
 

@@ -217,7 +217,8 @@ def config_notes(config: Mapping[str, Any], architecture: str) -> list[str]:
     if config.get("auto_map"):
         notes.append(f"{CONFIG} names code of its own (auto_map); it is not run, {architecture} is used")
     classes = config.get("architectures")
-    family = str(config["model_type"]).replace("_", "").replace("-", "").lower()
+    # the language model of a family that sees and hears too is named like the whole
+    family = str(config["model_type"]).replace("_", "").replace("-", "").lower().removesuffix("text")
     if isinstance(classes, list):
         strange = [name for name in classes if isinstance(name, str) and not name.replace("_", "").lower().startswith(family)]
         if strange:

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from attrs import Factory, evolve, frozen
 
+from modelrig.checkpoint.in_place import find_stitches, run_of
 from modelrig.checkpoint.mounts import is_on_network
 from modelrig.components import DTYPE_BITS, AttentionSpec, Catalog, ModelFacts, Parameter, Part, TensorEntry, dtype_bytes
 from modelrig.planning.units import CPU, DISK, is_gpu
@@ -39,6 +40,7 @@ SLOTS = "slots for blocks that are streamed"
 STAGING = "what is being converted"
 CACHE = "key/value cache"
 ACTIVATIONS = "activations (512 prompt tokens × 4 hidden, 2 feed-forward and all q, k, v widths; logits)"
+ENCODING = "activations (all tokens × 4 hidden, 2 feed-forward and all q, k, v widths; outputs)"
 GPU_CONTEXT = "GPU context"
 
 
@@ -126,17 +128,22 @@ class Weighed(NamedTuple):
     Attributes:
         size: bytes under its own name.
         beside: bytes of what a quantizer adds to it.
-        is_view: main memory can show it as it lies in its file.
-        staging: what of it is converted at a time, unless it is such a view.
+        mapped: bytes of it that main memory can show as they lie in its files.
+        staging: what of it is converted at a time, unless all of it is shown so.
         copy: what a kernel on CPU makes of it while generating.
     """
 
     parameter: Parameter
     size: int
     beside: int
-    is_view: bool
+    mapped: int
     staging: int
     copy: int
+
+    @property
+    def is_view(self) -> bool:
+        """Main memory can show all of it as it lies in its files."""
+        return 0 < self.size == self.mapped
 
 
 NO_WEIGHTS = Weights(mapped=0, allocated=0, staging=0)
@@ -157,7 +164,7 @@ def weigh_each(
     for parameter in facts.parameters:
         copy = copy_of(parameter, dtype, options) if copy_of is not None and parameter.role in MULTIPLIED_ROLES else 0
         if parameter.stored_as is None and not parameter.parts:
-            yield Weighed(parameter, 0, 0, False, 0, copy)
+            yield Weighed(parameter, 0, 0, 0, 0, copy)
             continue
         size, into, beside = (bits * math.prod(parameter.shape) + 7) // 8, dtype, 0
         if parameter.role in QUANTIZED_ROLES and len(parameter.shape) == 2:
@@ -165,28 +172,26 @@ def weigh_each(
             kept = next((spec for spec in specs if spec.suffix == "" and spec.shape == parameter.shape), None)
             size, into = (0, "") if kept is None else (kept.nbytes, kept.dtype)
             beside = sum(spec.nbytes for spec in specs if spec is not kept)
-        if parameter.stored_as is not None:
-            entry = entries.get(parameter.stored_as)
-            whole = largest = 0 if entry is None else entry.nbytes
-        else:
-            read = [_read_bytes(entries[part.name], part) for part in parameter.parts if part.name in entries]
-            whole, largest = sum(read), max(read, default=0)
-            only = parameter.parts[0]
-            entry = entries.get(only.name) if len(parameter.parts) == 1 and _is_whole(only) else None
-        is_view = is_mapped and entry is not None and entry.file not in read_only and _is_view(entry, into, parameter)
+        sources = [part for part in parameter.sources if part.name in entries]
+        read = [_read_bytes(entries[part.name], part) for part in sources]
+        whole, largest = sum(read), max(read, default=0)
+        can_map = is_mapped and into != "" and not any(entries[part.name].file in read_only for part in sources)
+        mapped = _mapped_bytes(parameter, sources, into, entries) if can_map else 0
         in_parts = into == dtype and not beside
-        yield Weighed(parameter, size, beside, is_view, min(largest, PIECE_BYTES) if in_parts else whole, copy)
+        yield Weighed(parameter, size, beside, mapped, min(largest, PIECE_BYTES) if in_parts else whole, copy)
 
 
-def _is_view(entry: TensorEntry, dtype: str, parameter: Parameter) -> bool:
-    """Whether the stored bytes serve as they are: same dtype, shape and order, at an address the dtype allows."""
-    is_same = entry.dtype == dtype and entry.shape == parameter.shape and entry.strides is None
-    return is_same and entry.offset % max(1, DTYPE_BITS[entry.dtype] // 8) == 0
-
-
-def _is_whole(part: Part) -> bool:
-    """Whether the parameter is all of one stored tensor, in its order."""
-    return part.taken is None and part.axes is None and part.order is None and part.into is None
+def _mapped_bytes(parameter: Parameter, sources: Sequence[Part], dtype: str, entries: Mapping[str, TensorEntry]) -> int:
+    """Stored bytes that serve as they are: one run, where the dtype allows it, or whole pages of several parts."""
+    if len(sources) > 1:
+        stitches = find_stitches(parameter.shape, dtype, sources, entries)
+        return 0 if stitches is None else stitches.nbytes
+    if not sources:
+        return 0
+    entry = entries[sources[0].name]
+    is_same = entry.dtype == dtype and entry.strides is None and entry.offset % max(1, DTYPE_BITS[dtype] // 8) == 0
+    run = run_of(entry, sources[0], parameter.shape) if is_same else None
+    return 0 if run is None or run.shape != parameter.shape else run.nbytes
 
 
 def _read_bytes(entry: TensorEntry, part: Part) -> int:
@@ -198,16 +203,17 @@ def _read_bytes(entry: TensorEntry, part: Part) -> int:
 def add_up(weighed: Iterable[Weighed], main: str, where: Mapping[str, str] | None = None) -> dict[str, Weights]:
     """Device → its weights. `where` says each parameter's device; without it everything is on `main`, the device that runs."""
     sums: dict[str, list[int]] = {main: [0] * 5}
-    for parameter, size, beside, is_view, staging, copy in weighed:
+    for one in weighed:
+        parameter, size, beside, mapped, staging, copy = one
         device = main if where is None else where[parameter.name]
         total = sums.setdefault(device, [0] * 5)
         copy = copy if device == main == CPU else 0
-        if is_view and device == CPU:
-            total[0] += size
-            total[1] += beside
+        if mapped and device == CPU:
+            total[0] += mapped
+            total[1] += size - mapped + beside
             # A tensor that is a view needs no conversion, what a quantizer puts beside it does.
-            total[2] = max(total[2], staging if beside else 0)
-            total[4] += size if copy else 0
+            total[2] = max(total[2], staging if beside or not one.is_view else 0)
+            total[4] += mapped if copy else 0
         else:
             total[1] += size + beside
             total[2] = max(total[2], staging)
@@ -219,10 +225,13 @@ def add_up(weighed: Iterable[Weighed], main: str, where: Mapping[str, str] | Non
 
 
 def activation_bytes(facts: ModelFacts, batch: int, context: int, dtype: str) -> int:
-    """An estimate of what one step of a prompt takes beside weights and cache: the formula is in `ACTIVATIONS`."""
-    tokens = batch * min(context, PREFILL_TOKENS)
+    """An estimate of what one step of a prompt takes beside weights and cache: the formula is in `ACTIVATIONS`, or `ENCODING`."""
+    tokens = batch * (min(context, PREFILL_TOKENS) if facts.generates else context)
     heads = max((_projected(spec) for spec in facts.layers), default=0)
     widths = 4 * facts.hidden_size + 2 * facts.intermediate_size + heads
+    if not facts.generates:
+        widths += sum(one.shape[0] for one in facts.parameters if one.role == "head")
+        return dtype_bytes(dtype, tokens * widths)
     # The logits of one position per row: in the compute dtype, then in float32 for the sampler.
     logits = dtype_bytes(dtype, batch * facts.vocab_size) + dtype_bytes("float32", batch * facts.vocab_size)
     return dtype_bytes(dtype, tokens * widths) + logits
@@ -247,15 +256,15 @@ class Account:
     dtype: str
     facts: ModelFacts
     weights: Weights
-    cache: Any  # the chosen cache's planner
+    cache: Any  # the chosen cache's planner; None where nothing is cached
     cache_options: Any
     elsewhere: Mapping[str, Weights] = Factory(dict)
     slots: int = 0
     layers: Mapping[str, Sequence[AttentionSpec]] = Factory(dict)
 
     def cache_bytes(self, context: int, batch: int, layers: Sequence[AttentionSpec] | None = None) -> int:
-        """Of `layers`; by default of all."""
-        layers = self.facts.layers if layers is None else layers
+        """Of `layers`; by default of all that keep keys and values."""
+        layers = self.facts.cached_layers if layers is None else layers
         return int(self.cache.nbytes(layers, batch, context, self.dtype, self.cache_options)) if layers else 0
 
     def draw(self, context: int, batch: int) -> Ledger:
@@ -296,6 +305,7 @@ class Account:
     def _running(self, device: str, context: int, batch: int) -> Iterator[tuple[str, str, int, bool]]:
         weights = self.weights if device == self.device else self.elsewhere[device]
         yield ("run", COPIES, weights.copies, False)
-        layers = self.facts.layers if device == self.device else ()
+        layers = self.facts.cached_layers if device == self.device else ()
         yield ("run", CACHE, self.cache_bytes(context, batch, self.layers.get(device, ()) if self.layers else layers), True)
-        yield ("run", ACTIVATIONS, activation_bytes(self.facts, batch, context, self.dtype), False)
+        what = ACTIVATIONS if self.facts.generates else ENCODING
+        yield ("run", what, activation_bytes(self.facts, batch, context, self.dtype), False)

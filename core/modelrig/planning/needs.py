@@ -51,7 +51,7 @@ class CacheNeed(Need):
 
     kinds: frozenset[str]
     batched: bool
-    layers: tuple[AttentionSpec, ...]  # one per layer
+    layers: tuple[AttentionSpec, ...]  # one per layer that keeps keys and values
 
 
 @frozen(kw_only=True)
@@ -113,9 +113,9 @@ def attention_need(at: Situation) -> AttentionNeed:
 
 
 def cache_need(at: Situation) -> CacheNeed:
-    kinds = frozenset("full" if spec.window is None else "sliding" for spec in at.facts.layers)
+    kinds = frozenset("full" if spec.window is None else "sliding" for spec in at.facts.cached_layers)
     common = _common(at, {"kinds": "config.json", "batched": at.origins.get("batch", "default")})
-    return CacheNeed(**common, kinds=kinds, batched=at.batch > 1, layers=at.facts.layers)
+    return CacheNeed(**common, kinds=kinds, batched=at.batch > 1, layers=at.facts.cached_layers)
 
 
 def quantizer_need(at: Situation) -> QuantizerNeed:

@@ -19,17 +19,20 @@ from typing import Any, NoReturn
 from attrs import evolve, frozen
 
 from modelrig.components import SLOTS, Reason
-from modelrig.errors import ModelrigError, PlanError, RequestError
+from modelrig.errors import ModelrigError, PlanError, RequestError, quoted
 from modelrig.planning.candidates import Candidate, Field, Refusal, check, check_preferences, gather
 from modelrig.planning.identify import Identified
 from modelrig.planning.needs import Situation, decoder_need
 from modelrig.planning.request import DEFAULT, Request
 from modelrig.planning.rules import link_reasons, unary_reasons
 from modelrig.planning.solver import Part, fits_beside, solve
-from modelrig.planning.values import Wish
+from modelrig.planning.values import NOTHING, Wish
 from modelrig.registry import Registered, Registry
 
 __all__ = ["Choice", "Negotiated", "Refusal", "negotiate"]
+
+#: slots that only a model that generates has a use for
+GENERATING = ("cache", "decoder")
 
 
 @frozen(kw_only=True)
@@ -63,20 +66,48 @@ def negotiate(situation: Situation, fixed: Mapping[str, Identified], request: Re
         RequestError, PluginError: a name that means nothing, options that do not fit, a component that is not usable.
     """
     check_preferences(request, registry)
-    fields = [gather(slot, situation, request, registry) for slot in SLOTS]
+    unused = () if situation.facts.generates else GENERATING
+    require_no_wish(unused, situation, request, registry)
+    fields = [gather(slot, situation, request, registry) for slot in SLOTS if slot not in unused]
     beside = {kind: Part(one.registered.name, one.registered.descriptor) for kind, one in fixed.items()}
     fields, chosen = search(fields, beside)
     if chosen is None:
         _raise_no_solution(fields, beside)
-    sampling = decoder_when_sampling(fields, chosen, beside, situation)
+    sampling = None if unused else decoder_when_sampling(fields, chosen, beside, situation)
     choices = {field.kind: _choice(field, chosen[field.kind]) for field in fields}
     refused = [row for field in fields for row in _refusals(field, chosen, beside, sampling)]
     return Negotiated(
         choices=choices,
         refused=tuple(refused),
         decoder_when_sampling=None if sampling is None else _sampling_choice(sampling, choices["decoders"]),
-        notes=tuple(_notes(fields, chosen)),
+        notes=(*((no_use(situation),) if unused else ()), *_notes(fields, chosen)),
     )
+
+
+def require_no_wish(slots: Sequence[str], situation: Situation, request: Request, registry: Registry) -> None:
+    """Raise `PlanError` (PN-REFUSED) if a component, or an option, was asked for in a slot that this model has no use for."""
+    refused: dict[str, dict[str, tuple[Reason, ...]]] = {}
+    lines = []
+    for slot in slots:
+        wish = request.wish(slot)
+        if wish.names == (NOTHING,):
+            continue
+        field = gather(slot, situation, request, registry)  # a name that means nothing is a mistake here too
+        if wish.otherwise and not wish.options:
+            continue
+        reason = Reason("model.generates", no_use(situation), f"leave {slot} at 'auto'")
+        named = [one.shown for one in field.candidates if one.place is not None] + [row.component for row in field.absent]
+        refused[field.kind] = dict.fromkeys(named, (reason,))
+        lines.append(f"{slot} {', '.join(map(quoted, named)) or 'options'} (asked for by {field.origin})")
+    if lines:
+        reason = Reason("model.generates", no_use(situation))
+        text = f"cannot serve: {' and '.join(lines)}: {_told([reason])}"
+        raise PlanError("PN-REFUSED", text, refused=refused, hint="leave cache and decoder at 'auto'")
+
+
+def no_use(situation: Situation) -> str:
+    """Why there is neither cache nor decoder."""
+    return f"this {situation.facts.architecture} model is an encoder: it generates no text, so it has no cache and no decoder"
 
 
 # ------------------------------------------------------------------------------------------------ search

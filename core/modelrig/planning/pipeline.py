@@ -147,7 +147,11 @@ def _with_notes(error: PlanError, notes: list[str]) -> PlanError:
 
 
 def make_situation(checkpoint: Checkpoint, request: Request, environment: Environment, device: str, why_device: str) -> Situation:
-    """dtype, context and batch settled. More context than the config was made for is planned, and said."""
+    """dtype, context and batch settled. More context than the config was made for is planned, and said, unless it lacks positions.
+
+    Raises:
+        PlanError: PN-CONTEXT for a context longer than the positions that the model has.
+    """
     dtype, why_dtype = _dtype(checkpoint, request)
     context, why_context = _context(checkpoint.facts, request)
     return Situation(
@@ -175,9 +179,12 @@ def _dtype(checkpoint: Checkpoint, request: Request) -> tuple[str, str]:
 
 def _context(facts: ModelFacts, request: Request) -> tuple[int, str]:
     if isinstance(request.context, str):
-        context = min(facts.context_length, USUAL_CONTEXT)
+        context = min(facts.context_length, USUAL_CONTEXT, facts.position_limit or USUAL_CONTEXT)
         return context, f"auto: the smaller of the model's {facts.context_length:,} and {USUAL_CONTEXT:,}"
-    why = request.origin("context")
+    why, limit = request.origin("context"), facts.position_limit
+    if limit is not None and request.context > limit:
+        reason = f"{request.context:,} tokens by {why}, but the model has positions for {limit:,}: no sequence can be longer"
+        raise PlanError("PN-CONTEXT", reason, locus="context", hint=f"context={limit} is the most")
     if request.context > facts.context_length:
         why += f", which is beyond the {facts.context_length:,} the config was made for"
     return request.context, why

@@ -10,12 +10,26 @@ from typing import Any
 
 import attrs
 
-from modelrig.components import KINDS, Catalog, ModelFacts, Snapshot
+from modelrig.components import KINDS, AttentionSpec, Catalog, ModelFacts, Snapshot
+from modelrig.errors import GenerateError
 from modelrig.planning.environment import Environment
 from modelrig.planning.generation_config import GenerationConfig
 from modelrig.planning.ledger import Ledger
 from modelrig.planning.negotiation import Choice, Refusal
 from modelrig.planning.request import Request
+
+
+@attrs.frozen(kw_only=True)
+class LayerKind:
+    """Layers that see alike: all earlier tokens ("full"), a window of the last ("sliding"), or later ones too ("bidirectional").
+
+    `window` counts the current token; `cache_bytes` are those of all its layers.
+    """
+
+    kind: str
+    window: int | None
+    layers: int
+    cache_bytes: int
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -24,9 +38,9 @@ class RigPlan:
 
     Attributes:
         reference: what the caller named.
-        choices: kind → the component that serves it, and why; the identified kinds too.
+        choices: kind → the component that serves it, and why; the identified kinds too. An encoder has no cache and no decoder.
         refused: every other component of the negotiated kinds, with all its reasons.
-        decoder_when_sampling: the decoder of calls with a temperature; None if a pinned one cannot sample.
+        decoder_when_sampling: the decoder of calls with a temperature; None if a pinned one cannot sample, and for an encoder.
         device, dtype, context, batch: where, in what, and for how many tokens of how many sequences.
         origins: where device, dtype, context and batch come from.
         device_map: module name → device; "" is the whole model.
@@ -65,6 +79,26 @@ class RigPlan:
         return self.generation.eos_ids
 
     @property
+    def layer_kinds(self) -> tuple[LayerKind, ...]:
+        """What the layers see, kind by kind, and the cache each kind takes at the planned context and batch."""
+        groups: dict[tuple[str, int | None], list[AttentionSpec]] = {}
+        for spec in self.facts.layers:
+            kind = "bidirectional" if not spec.causal else "full" if spec.window is None else "sliding"
+            groups.setdefault((kind, spec.window), []).append(spec)
+        choice = self.choices.get("caches")
+        return tuple(
+            LayerKind(
+                kind=kind,
+                window=window,
+                layers=len(specs),
+                cache_bytes=0
+                if choice is None
+                else choice.registered.planner().nbytes(specs, self.batch, self.context, self.dtype, choice.options),
+            )
+            for (kind, window), specs in groups.items()
+        )
+
+    @property
     def hash(self) -> str:
         """SHA-256 over choices, options, device map, dtype, context and batch: equal for equal rigs, whatever memory is free."""
         return hashlib.sha256(json.dumps(self._decision(), sort_keys=True, default=str).encode()).hexdigest()
@@ -79,6 +113,18 @@ class RigPlan:
             "context": self.context,
             "batch": self.batch,
         }
+
+    def require_generation(self) -> None:
+        """Raise `GenerateError` (GN-MODEL) if the model is an encoder."""
+        if not self.facts.generates:
+            text = f"this {self.facts.architecture} model is an encoder: it does not generate text"
+            raise GenerateError("GN-MODEL", text, hint="model(ids), model.encode and model.embed say what it makes of a text")
+
+    def require_encoding(self) -> None:
+        """Raise `GenerateError` (GN-MODEL) unless the model is an encoder."""
+        if self.facts.generates:
+            text = f"this {self.facts.architecture} model generates text: it is no encoder"
+            raise GenerateError("GN-MODEL", text, hint="model(ids) gives its logits")
 
     def explain(self) -> str:
         """The plan for people, as plain text."""
@@ -97,7 +143,7 @@ class RigPlan:
         sampling = self.decoder_when_sampling
         return {
             "model": self.reference,
-            "choices": {kind: _choice(self.choices[kind]) for kind in KINDS},
+            "choices": {kind: _choice(self.choices[kind]) for kind in KINDS if kind in self.choices},
             "decoder_when_sampling": None if sampling is None else _choice(sampling),
             "refused": [
                 {
@@ -127,6 +173,8 @@ class RigPlan:
                 "architecture": self.facts.architecture,
                 "parameters": self.num_parameters,
                 "layers": len(self.facts.layers),
+                "layer_kinds": [attrs.asdict(kind) for kind in self.layer_kinds],
+                "blocks": list(self.facts.blocks),
                 "hidden_size": self.facts.hidden_size,
                 "intermediate_size": self.facts.intermediate_size,
                 "vocab_size": self.facts.vocab_size,

@@ -83,7 +83,9 @@ def save_model(
 
     config = read_config(plan.snapshot)
     changes = dtype_changes(config, next((one.dtype for one in stored if one.dtype != "int64"), None))
-    if config.get("tie_word_embeddings") and not plan.facts.ties:  # a head that was stored was used; others would tie it
+    vocabulary = (plan.facts.vocab_size, plan.facts.hidden_size)
+    has_head = any(one.role == "head" and one.shape == vocabulary for one in parameters.values())
+    if config.get("tie_word_embeddings") and has_head and not plan.facts.ties:  # a stored head was used; others would tie it
         changes["tie_word_embeddings"] = False
     try:
         with progress_bar("saving", progress) as report:

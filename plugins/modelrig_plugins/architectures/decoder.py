@@ -8,6 +8,7 @@ A family is a `Family` with what it fixes, or takes by default, where others ask
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,62 @@ from attrs import evolve, frozen
 from modelrig.checkpoint.activations import ACTIVATIONS
 from modelrig.checkpoint.config import ConfigReader
 from modelrig.checkpoint.rope import RopeSpec, read_rope
-from modelrig.components import FLOATING, AttentionSpec, Catalog, ModelFacts, Parameter
+from modelrig.components import AttentionSpec, Catalog, ModelFacts, Parameter
+from modelrig_plugins.architectures.experts import ExpertsConfig, list_experts
+from modelrig_plugins.architectures.reading import (
+    LIMIT,
+    POSITION_LIMIT,
+    read_dtype,
+    read_layers,
+    read_tie,
+    require_head_dim,
+)
 
-LIMIT = 1 << 24  # no width or vocabulary is larger
-LAYER_LIMIT = 1 << 14
-WINDOW_LIMIT = 1 << 31
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 Windows = tuple[int | None, ...]  # tokens that each layer sees, its own among them; None for all
 
 
+@frozen(kw_only=True)
+class DecoderConfig:
+    """What a config says, with what its family fixes.
+
+    Attributes:
+        layers, ropes: of each layer; the rope is None where it knows no positions.
+        embedding_scale, residual_scale, logit_scale: what embeddings, outputs of attention and feed-forward, and logits are
+            multiplied by; `rounds_scale` is whether the first is rounded to the model's dtype before.
+        logit_cap: what logits stay below.
+        restarts_at: a longer sequence is computed anew from its beginning, because all its keys change.
+    """
+
+    family: Family
+    hidden_size: int
+    intermediate_size: int
+    vocab_size: int
+    context_length: int
+    rms_norm_eps: float
+    hidden_act: str
+    qkv_bias: bool
+    output_bias: bool
+    mlp_bias: bool
+    tied: bool
+    layers: tuple[AttentionSpec, ...]
+    ropes: tuple[RopeSpec | None, ...]
+    embedding_scale: float = 1.0
+    rounds_scale: bool = False
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
+    logit_cap: float | None = None
+    experts: ExpertsConfig | None = None
+    restarts_at: int | None = None
+
+
 def no_windows(reader: ConfigReader, layers: int) -> Windows:  # noqa: ARG001 - one of several
     return (None,) * layers
+
+
+def no_more(reader: ConfigReader, config: DecoderConfig, catalog: Catalog) -> DecoderConfig:  # noqa: ARG001 - one of several
+    return config
 
 
 @frozen(kw_only=True)
@@ -35,40 +80,35 @@ class Family:
     """What a family fixes. For biases None stands for what `attention_bias` and `mlp_bias` of the config say.
 
     Attributes:
-        max_positions, key_value_heads, head_dim: for configs that lack the key; None for as many as query heads, and for
-            `hidden_size / num_attention_heads`.
-        qk_norm: queries and keys of each head are normalised.
+        max_positions, key_value_heads, head_dim, epsilon, activation, tied: for configs that lack the key; None for as many as
+            query heads, and for `hidden_size / num_attention_heads`.
+        norm: "plain", "late" (rounded after the product with the weight) or "offset" (the weight is what is added to 1).
+        qk_norm: "heads" where queries and keys of each head are normalised, "all" for all heads' together.
+        block: what is normalised of attention and feed-forward: "before", "after" or "both".
+        is_fused: queries, keys and values are one weight, and gate and up another.
         windows: reads what each layer sees.
+        rope: reads how far each position turns.
+        finish: reads what else the family knows.
     """
 
     name: str
     max_positions: int
     key_value_heads: int | None = None
     head_dim: int | None = None
+    epsilon: float = 1e-6
+    activation: str = "silu"
+    activation_key: str = "hidden_act"
+    tied: bool = False
     qkv_bias: bool | None = None
     output_bias: bool | None = None
     mlp_bias: bool | None = None
-    qk_norm: bool = False
+    norm: str = "plain"
+    qk_norm: str | None = None
+    block: str = "before"
+    is_fused: bool = False
     windows: Callable[[ConfigReader, int], Windows] = no_windows
-
-
-@frozen(kw_only=True)
-class DecoderConfig:
-    """What a config says, with what its family fixes."""
-
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    vocab_size: int
-    rms_norm_eps: float
-    hidden_act: str
-    qkv_bias: bool
-    output_bias: bool
-    mlp_bias: bool
-    qk_norm: bool
-    tied: bool
-    layers: tuple[AttentionSpec, ...]
-    rope: RopeSpec
+    rope: Callable[[ConfigReader, int, int], RopeSpec] = read_rope
+    finish: Callable[[ConfigReader, DecoderConfig, Catalog], DecoderConfig] = no_more
 
 
 @frozen
@@ -80,42 +120,58 @@ class DecoderPlanner:
     def describe(self, config: Mapping[str, Any], catalog: Catalog, path: Path) -> ModelFacts:
         reader = ConfigReader(config, path)
         with reader:
-            parsed, context_length = read_config(self.family, reader, catalog)
-            dtype = reader.choice("dtype", FLOATING, default=None, aliases=("torch_dtype",))
+            parsed = read_config(self.family, reader, catalog)
+            dtype = read_dtype(reader)
         prefix = "" if "embed_tokens.weight" in catalog.entries else "model."  # saved as a base model, without its head
-        parameters = tuple(list_parameters(parsed, prefix))
-        layers = parsed.num_hidden_layers
+        sizes = [parsed.intermediate_size, *([parsed.experts.busy_size] if parsed.experts else [])]
         return ModelFacts(
             architecture=self.family.name,
             config=parsed,
-            parameters=parameters,
-            blocks=tuple(f"model.layers.{i}" for i in range(layers)),
+            parameters=tuple(list_parameters(parsed, prefix)),
+            blocks=tuple(f"model.layers.{i}" for i in range(len(parsed.layers))),
             layers=parsed.layers,
             ties={"lm_head.weight": "model.embed_tokens.weight"} if parsed.tied else {},
             hidden_size=parsed.hidden_size,
-            intermediate_size=parsed.intermediate_size,
+            intermediate_size=max(sizes),
             vocab_size=parsed.vocab_size,
-            context_length=context_length,
+            context_length=parsed.context_length,
             dtype=dtype,
             ignored=tuple(name for name in catalog.entries if name.endswith(".rotary_emb.inv_freq")),
             empty=("model.rotary_emb",),
         )
 
 
-def read_config(family: Family, reader: ConfigReader, catalog: Catalog) -> tuple[DecoderConfig, int]:
+def read_config(family: Family, reader: ConfigReader, catalog: Catalog) -> DecoderConfig:
     hidden = reader.integer("hidden_size", 1, LIMIT)
+    layers = read_layers(reader, "num_hidden_layers", catalog, "layers.", ("", "model."))
+    spec = read_attention(reader, family, hidden)
+    max_positions = reader.integer("max_position_embeddings", 1, POSITION_LIMIT, default=family.max_positions)
+    rope = family.rope(reader, spec.head_dim, max_positions)
+    attention_bias = False if family.qkv_bias is not None else reader.boolean("attention_bias", default=False)
+    config = DecoderConfig(
+        family=family,
+        hidden_size=hidden,
+        intermediate_size=reader.integer("intermediate_size", 1, LIMIT),
+        vocab_size=reader.integer("vocab_size", 1, LIMIT),
+        context_length=rope.context_length,
+        rms_norm_eps=reader.number("rms_norm_eps", 0.0, 1.0, default=family.epsilon, exclusive=True),
+        hidden_act=reader.choice(family.activation_key, ACTIVATIONS, default=family.activation),
+        qkv_bias=attention_bias if family.qkv_bias is None else family.qkv_bias,
+        output_bias=attention_bias if family.output_bias is None else family.output_bias,
+        mlp_bias=reader.boolean("mlp_bias", default=False) if family.mlp_bias is None else family.mlp_bias,
+        tied=read_tie(reader, catalog, default=family.tied),
+        layers=tuple(evolve(spec, window=window) for window in family.windows(reader, layers)),
+        ropes=(rope,) * layers,
+    )
+    return family.finish(reader, config, catalog)
+
+
+def read_attention(reader: ConfigReader, family: Family, hidden: int) -> AttentionSpec:
     heads = reader.integer("num_attention_heads", 1, LIMIT)
     usual = family.key_value_heads if "num_key_value_heads" not in reader.values else None  # null says: as many as queries
     kv_heads = reader.integer("num_key_value_heads", 1, LIMIT, default=usual or heads)
-    layers = reader.integer("num_hidden_layers", 1, LAYER_LIMIT)
     if "head_dim" not in reader and family.head_dim is None:
-        reader.require(
-            hidden % heads == 0,
-            "CF-REL",
-            "hidden_size",
-            f"{hidden} is not a multiple of num_attention_heads ({heads}), and there is no head_dim",
-            uses=("num_attention_heads",),
-        )
+        require_head_dim(reader, hidden, heads, "hidden_size", "num_attention_heads")
     head_dim = reader.integer("head_dim", 1, LIMIT, default=family.head_dim or max(1, hidden // heads))
     reader.require(
         head_dim % 2 == 0,
@@ -131,39 +187,28 @@ def read_config(family: Family, reader: ConfigReader, catalog: Catalog) -> tuple
         f"{kv_heads} does not divide num_attention_heads ({heads})",
         uses=("num_attention_heads",),
     )
-    stored = stored_layers(catalog)
-    if stored:
-        reader.require(
-            layers == stored, "CF-REL", "num_hidden_layers", f"{layers}, but the tensor files hold layers 0 to {stored - 1}"
-        )
-    max_positions = reader.integer("max_position_embeddings", 1, 1 << 31, default=family.max_positions)
-    rope = read_rope(reader, head_dim, max_positions)
-    tied = reader.boolean("tie_word_embeddings", default=False) and "lm_head.weight" not in catalog.entries
-    spec = AttentionSpec(num_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim, value_dim=head_dim, scale=head_dim**-0.5)
-    attention_bias = False if family.qkv_bias is not None else reader.boolean("attention_bias", default=False)
-    config = DecoderConfig(
-        hidden_size=hidden,
-        intermediate_size=reader.integer("intermediate_size", 1, LIMIT),
-        num_hidden_layers=layers,
-        vocab_size=reader.integer("vocab_size", 1, LIMIT),
-        rms_norm_eps=reader.number("rms_norm_eps", 0.0, 1.0, default=1e-6, exclusive=True),
-        hidden_act=reader.choice("hidden_act", ACTIVATIONS, default="silu"),
-        qkv_bias=attention_bias if family.qkv_bias is None else family.qkv_bias,
-        output_bias=attention_bias if family.output_bias is None else family.output_bias,
-        mlp_bias=reader.boolean("mlp_bias", default=False) if family.mlp_bias is None else family.mlp_bias,
-        qk_norm=family.qk_norm,
-        # A head that is stored is used as stored, whatever the flag says: equal tensors give equal results.
-        tied=tied,
-        layers=tuple(evolve(spec, window=window) for window in family.windows(reader, layers)),
-        rope=rope,
-    )
-    return config, rope.context_length
+    return AttentionSpec(num_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim, value_dim=head_dim, scale=head_dim**-0.5)
 
 
-def read_window(reader: ConfigReader) -> int | None:
-    """`sliding_window`: null for none, and 4,096 where a config of a family that has windows lacks it."""
-    usual = None if "sliding_window" in reader.values else 4096
-    return reader.integer("sliding_window", 1, WINDOW_LIMIT, default=usual)
+def refuse_bidirectional(reader: ConfigReader) -> None:
+    """Note a problem where a config asks for attention to later tokens too."""
+    asked = reader.boolean("use_bidirectional_attention", default=False)
+    reader.require(not asked, "CF-ENUM", "use_bidirectional_attention", "true; only causal attention is served")
+
+
+def read_window(reader: ConfigReader, usual: int | None = 4096) -> int | None:
+    """`sliding_window`: null for none, `usual` where a config lacks it."""
+    usual = None if "sliding_window" in reader.values else usual
+    return reader.integer("sliding_window", 1, POSITION_LIMIT, default=usual)
+
+
+def same_windows(reader: ConfigReader, layers: int, usual: int | None = 4096) -> Windows:
+    """Every layer sees as much."""
+    return (read_window(reader, usual),) * layers
+
+
+#: `same_windows` of a family that has none unless its config says so
+rare_windows = partial(same_windows, usual=None)
 
 
 def read_layer_types(reader: ConfigReader, layers: int, window: int | None, usual: Windows) -> Windows:
@@ -171,8 +216,7 @@ def read_layer_types(reader: ConfigReader, layers: int, window: int | None, usua
     kinds = reader.choices("layer_types", (FULL, SLIDING), default=None)
     if kinds is None:
         return usual
-    uses = ("num_hidden_layers",)
-    reader.require(len(kinds) == layers, "CF-REL", "layer_types", f"{len(kinds)} of them for {layers} layers", uses=uses)
+    require_each(reader, "layer_types", len(kinds), layers)
     reader.require(
         window is not None or SLIDING not in kinds,
         "CF-REL",
@@ -183,42 +227,71 @@ def read_layer_types(reader: ConfigReader, layers: int, window: int | None, usua
     return tuple(window if kind == SLIDING else None for kind in kinds)
 
 
-def stored_layers(catalog: Catalog) -> int:
-    """How many layers the tensor files hold, by their highest number; 0 if there are none."""
-    highest = -1
-    for name in catalog.entries:
-        head, found, rest = name.partition("layers.")
-        if found and head in ("", "model."):
-            number = rest.partition(".")[0]
-            if number.isascii() and number.isdigit() and len(number) < 8:
-                highest = max(highest, int(number))
-    return highest + 1
+def require_each(reader: ConfigReader, key: str, count: int, layers: int) -> None:
+    """Note a problem unless `key` has one value for each layer."""
+    reader.require(count == layers, "CF-REL", key, f"{count} of them for {layers} layers", uses=("num_hidden_layers",))
 
 
 def list_parameters(config: DecoderConfig, prefix: str) -> Iterator[Parameter]:
     """Every parameter in execution order. `prefix` is what the checkpoint puts before the decoder's names."""
-    hidden, spec = config.hidden_size, config.layers[0]
-    queries, keys = spec.num_heads * spec.head_dim, spec.num_key_value_heads * spec.head_dim
-    embedding = (config.vocab_size, hidden)
+    hidden, embedding = config.hidden_size, (config.vocab_size, config.hidden_size)
     yield Parameter("model.embed_tokens.weight", embedding, "embedding", f"{prefix}embed_tokens.weight")
-    block: list[tuple[str, tuple[int, ...], str]] = [("input_layernorm.weight", (hidden,), "norm")]
-    for name, rows, columns, has_bias in (
-        ("self_attn.q_proj", queries, hidden, config.qkv_bias),
-        ("self_attn.k_proj", keys, hidden, config.qkv_bias),
-        ("self_attn.v_proj", keys, hidden, config.qkv_bias),
-        ("self_attn.o_proj", hidden, queries, config.output_bias),
-        ("mlp.gate_proj", config.intermediate_size, hidden, config.mlp_bias),
-        ("mlp.up_proj", config.intermediate_size, hidden, config.mlp_bias),
-        ("mlp.down_proj", hidden, config.intermediate_size, config.mlp_bias),
-    ):
-        block.append((f"{name}.weight", (rows, columns), "linear"))
-        if has_bias:
-            block.append((f"{name}.bias", (rows,), "bias"))
-    if config.qk_norm:
-        block += [(f"self_attn.{name}_norm.weight", (spec.head_dim,), "norm") for name in "qk"]
-    block.append(("post_attention_layernorm.weight", (hidden,), "norm"))
-    for i in range(config.num_hidden_layers):
-        for name, shape, role in block:
-            yield Parameter(f"model.layers.{i}.{name}", shape, role, f"{prefix}layers.{i}.{name}", i)
+    before, between, after = _norms(config)
+    attention, mlp = list(_attention(config)), list(_mlp(config))
+    for i in range(len(config.layers)):
+        module, stored = f"model.layers.{i}.", f"{prefix}layers.{i}."
+        experts = config.experts if config.experts is not None and config.experts.layers[i] else None
+        for name, shape, role in (*before, *attention, *between, *(() if experts else mlp), *after):
+            yield Parameter(module + name, shape, role, stored + name, i)
+        if experts is not None:
+            yield from list_experts(experts, hidden, module, stored, i)
     yield Parameter("model.norm.weight", (hidden,), "norm", f"{prefix}norm.weight")
     yield Parameter("lm_head.weight", embedding, "head", None if config.tied else "lm_head.weight")
+
+
+Shaped = tuple[str, tuple[int, ...], str]  # name, shape, role
+
+
+def _norms(config: DecoderConfig) -> tuple[list[Shaped], list[Shaped], list[Shaped]]:
+    """Those before attention, those between it and the feed-forward, and those after."""
+    names: dict[str, tuple[tuple[str, ...], ...]] = {
+        "before": (("input",), ("post_attention",), ()),
+        "after": ((), ("post_attention",), ("post_feedforward",)),
+        "both": (("input",), ("post_attention", "pre_feedforward"), ("post_feedforward",)),
+    }
+    size: tuple[int, ...] = (config.hidden_size,)
+    before, between, after = (
+        [(f"{name}_layernorm.weight", size, "norm") for name in group] for group in names[config.family.block]
+    )
+    return before, between, after
+
+
+def _attention(config: DecoderConfig) -> Iterator[Shaped]:
+    spec, hidden = config.layers[0], config.hidden_size
+    queries, keys = spec.num_heads * spec.head_dim, spec.num_key_value_heads * spec.head_dim
+    if config.family.is_fused:
+        yield from _linear("self_attn.qkv_proj", queries + 2 * keys, hidden, config.qkv_bias)
+    else:
+        for letter, rows in (("q", queries), ("k", keys), ("v", keys)):
+            yield from _linear(f"self_attn.{letter}_proj", rows, hidden, config.qkv_bias)
+    yield from _linear("self_attn.o_proj", hidden, queries, config.output_bias)
+    if config.family.qk_norm is not None:
+        sizes = (spec.head_dim,) * 2 if config.family.qk_norm == "heads" else (queries, keys)
+        for letter, size in zip("qk", sizes, strict=True):
+            yield f"self_attn.{letter}_norm.weight", (size,), "norm"
+
+
+def _mlp(config: DecoderConfig) -> Iterator[Shaped]:
+    hidden, size = config.hidden_size, config.intermediate_size
+    if config.family.is_fused:
+        yield from _linear("mlp.gate_up_proj", 2 * size, hidden, config.mlp_bias)
+    else:
+        yield from _linear("mlp.gate_proj", size, hidden, config.mlp_bias)
+        yield from _linear("mlp.up_proj", size, hidden, config.mlp_bias)
+    yield from _linear("mlp.down_proj", hidden, size, config.mlp_bias)
+
+
+def _linear(name: str, rows: int, columns: int, has_bias: bool) -> Iterator[Shaped]:
+    yield f"{name}.weight", (rows, columns), "linear"
+    if has_bias:
+        yield f"{name}.bias", (rows,), "bias"

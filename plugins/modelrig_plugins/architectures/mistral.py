@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-from modelrig.checkpoint.config import ConfigReader
-from modelrig_plugins.architectures.decoder import DecoderPlanner, Family, Windows, read_window
-
-
-def windows(reader: ConfigReader, layers: int) -> Windows:
-    return (read_window(reader),) * layers
-
+from modelrig_plugins.architectures.decoder import DecoderPlanner, Family, same_windows
 
 PLANNER = DecoderPlanner(
     Family(
@@ -18,6 +12,6 @@ PLANNER = DecoderPlanner(
         qkv_bias=False,
         output_bias=False,
         mlp_bias=False,
-        windows=windows,
+        windows=same_windows,
     )
 )

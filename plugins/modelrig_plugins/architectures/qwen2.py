@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 from modelrig.checkpoint.config import ConfigReader
-from modelrig_plugins.architectures.decoder import LAYER_LIMIT, DecoderPlanner, Family, Windows, read_layer_types, read_window
+from modelrig_plugins.architectures.decoder import (
+    DecoderPlanner,
+    Family,
+    Windows,
+    read_layer_types,
+    read_window,
+)
+from modelrig_plugins.architectures.reading import LAYER_LIMIT
 
 
 def windows(reader: ConfigReader, layers: int) -> Windows:

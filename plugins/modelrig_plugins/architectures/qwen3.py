@@ -12,7 +12,7 @@ PLANNER = DecoderPlanner(
         key_value_heads=32,
         head_dim=128,
         mlp_bias=False,
-        qk_norm=True,
+        qk_norm="heads",
         windows=windows,
     )
 )

@@ -28,6 +28,7 @@ SMALL_SUFFIXES = (".json", ".jinja", ".model", ".tiktoken")
 SMALL_NAMES = ("merges.txt", "vocab.txt")
 SMALL_BYTES = 100_000_000
 TEMPLATES = "additional_chat_templates/"
+_STEP = re.compile(r"[0-9]{1,3}_[A-Za-z]{1,64}/config\.json", re.ASCII)  # of sentence-transformers
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 
 _REFERENCE = re.compile(r"(?!.*\.\.)([A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95})(?:@([^\s@]{1,250}))?", re.ASCII)
@@ -173,9 +174,12 @@ def _resolve_online(reference: str, repository: str, revision: str, variant: str
 
 
 def _is_small(name: str, size: int) -> bool:
-    """Configs, tokenizer, templates and indexes of the repository's top folder: all that planning reads beside headers."""
+    """Configs, tokenizer, templates and indexes of the repository's top folder: all that planning reads beside headers; and what
+    says how its texts are embedded."""
     if size > SMALL_BYTES:
         return False
+    if _STEP.fullmatch(name):
+        return True
     if name.startswith(TEMPLATES):
         return name.endswith(".jinja") and name_problem(name.removeprefix(TEMPLATES)) is None
     return name_problem(name) is None and (name.endswith(SMALL_SUFFIXES) or name in SMALL_NAMES)

@@ -99,13 +99,21 @@ def repository(tmp_path):
     for name, text in {
         "config.json": "{}", "tokenizer.json": "{}", "chat_template.jinja": "{{ x }}", "README.md": "#", "modeling_evil.py": "1",
         "pytorch_model.bin": "x" * 99, "additional_chat_templates/tool.jinja": "t", "onnx/config.json": "{}",
+        "1_Pooling/config.json": "{}",
     }.items():  # fmt: skip
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text)
     return folder
 
 
-SMALL = ["additional_chat_templates", "chat_template.jinja", "config.json", "model.safetensors.index.json", "tokenizer.json"]
+SMALL = [
+    "1_Pooling",
+    "additional_chat_templates",
+    "chat_template.jinja",
+    "config.json",
+    "model.safetensors.index.json",
+    "tokenizer.json",
+]
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
 
 
