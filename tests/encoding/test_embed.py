@@ -257,6 +257,10 @@ def test_a_text_needs_a_tokenizer_and_room_for_special_tokens(trained: tuple[Pat
     with pytest.raises(GenerateError) as without:
         modelrig.load(tmp_path).embed("a text")
     assert "GN-TOKENIZER" == without.value.code
+    (tmp_path / "vocab.txt").write_text("[UNK]\n")
+    with pytest.raises(TokenizerError, match="WordPiece") as other:
+        modelrig.load(tmp_path).embed("a text")
+    assert "TK-MISSING" == other.value.code
     with pytest.raises(TokenizerError) as no_room:
         modelrig.load(trained[0], context=1).embed("a text")
     assert "TK-LIMIT" == no_room.value.code
