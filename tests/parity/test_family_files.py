@@ -64,6 +64,19 @@ def test_a_base_model_saved_without_its_head_is_read_where_the_head_is_tied(fami
     assert_close(reference(ids).logits, modelrig.load(tmp_path / "base")(ids))
 
 
+@torch.no_grad()
+def test_a_step_is_one_graph(family: str, tmp_path: Path) -> None:
+    write_decoder(tmp_path, family, **FAMILIES[family])
+    model, ids = modelrig.load(tmp_path, cache="static"), tokens(2, 19)
+    torch._dynamo.reset()
+    step = torch.compile(model.step, fullgraph=True, backend="eager", dynamic=False)
+    cache, traced = model.new_cache(batch=2, max_len=25), []
+    for part in (ids[:, :17], ids[:, 17:18], ids[:, 18:]):
+        traced.append(step(part, cache.begin(part.shape[1])))
+        cache.commit(part.shape[1])
+    assert_close(model(ids), torch.cat(traced, dim=1))
+
+
 def test_planned_bytes_are_measured_ones(family: str, tmp_path: Path) -> None:
     write_decoder(tmp_path, family, **FAMILIES[family])
     plan = modelrig.plan(tmp_path, dtype="bfloat16", context=37, batch=3, cache="static")

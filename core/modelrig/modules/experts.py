@@ -47,6 +47,8 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, which: Tensor, share: Tensor) -> Tensor:
         """x [n, hidden] or [hidden]; `which` and `share` [n, chosen] or [chosen], float32 → like x."""
+        if torch.compiler.is_compiling():
+            return self._traced(x.view(-1, x.shape[-1]), which.view(-1, which.shape[-1]), share).view(x.shape)
         if which.numel() == which.shape[-1]:
             return self._one(x, which.flatten().tolist(), share.flatten())
         n, chosen = which.shape
@@ -64,6 +66,19 @@ class Experts(nn.Module):
     def _one(self, x: Tensor, which: list[int], share: Tensor) -> Tensor:
         outputs = torch.stack([self._run(expert, x).view(-1) for expert in which])
         return (share @ outputs.to(share.dtype)).to(x.dtype).view(x.shape)
+
+    def _traced(self, x: Tensor, which: Tensor, share: Tensor) -> Tensor:
+        """The same without looking at which experts were chosen, as a graph needs: for a few tokens their weights are gathered, for
+        more every expert is run."""
+        if which.numel() <= self.count:
+            gate, up = torch.einsum("nkoh,nh->nko", self.gate_up_proj[which], x).chunk(2, dim=-1)
+            outputs = torch.einsum("nkhs,nks->nkh", self.down_proj[which], self.act(gate) * up)
+            return (outputs * share.view(*which.shape, 1)).sum(dim=1).to(x.dtype)
+        shares = share.new_zeros(x.shape[0], self.count).scatter(1, which, share)
+        total = torch.zeros_like(x, dtype=share.dtype)
+        for expert in range(self.count):
+            total = total + self._run(expert, x) * shares[:, expert, None]
+        return total.to(x.dtype)
 
     def _run(self, expert: int, x: Tensor) -> Tensor:
         gate_up, down = self.kernels[expert]
