@@ -65,6 +65,24 @@ def test_a_base_model_saved_without_its_head_is_read_where_the_head_is_tied(fami
 
 
 @torch.no_grad()
+def test_a_head_that_is_stored_is_used_and_stays_used_when_saved(family: str, tmp_path: Path) -> None:
+    """Where the config says nothing, and the family usually ties its head."""
+    reference = write_decoder(tmp_path / "theirs", family, tie_word_embeddings=False, **FAMILIES[family])
+    file = tmp_path / "theirs/config.json"
+    config = json.loads(file.read_text())
+    config.pop("tie_word_embeddings", None)
+    file.write_text(json.dumps(config))
+    ids, model = tokens(2, 19), modelrig.load(tmp_path / "theirs")
+    expected = reference(ids).logits
+    assert_close(expected, model(ids))
+    model.save(tmp_path / "ours")
+    again = type(reference).from_pretrained(
+        tmp_path / "ours", dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+    )
+    assert_close(expected, again(ids).logits)
+
+
+@torch.no_grad()
 def test_a_step_is_one_graph(family: str, tmp_path: Path) -> None:
     write_decoder(tmp_path, family, **FAMILIES[family])
     model, ids = modelrig.load(tmp_path, cache="static"), tokens(2, 19)

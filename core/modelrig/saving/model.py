@@ -85,7 +85,8 @@ def save_model(
     changes = dtype_changes(config, next((one.dtype for one in stored if one.dtype != "int64"), None))
     vocabulary = (plan.facts.vocab_size, plan.facts.hidden_size)
     has_head = any(one.role == "head" and one.shape == vocabulary for one in parameters.values())
-    if config.get("tie_word_embeddings") and has_head and not plan.facts.ties:  # a stored head was used; others would tie it
+    # A stored head was used; others would tie it, if the config says so, or says nothing and that is usual for its family.
+    if config.get("tie_word_embeddings", True) and has_head and not plan.facts.ties:
         changes["tie_word_embeddings"] = False
     try:
         with progress_bar("saving", progress) as report:
