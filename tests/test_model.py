@@ -262,7 +262,7 @@ def test_what_does_not_fit_is_refused_with_the_numbers(
 # ------------------------------------------------------------------------------------------------ caches of one's own
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("kind", ["dynamic", "static", "sliding"])
 def test_a_cache_of_ones_own_goes_on_over_calls(llama_folder: Path, kind: str) -> None:
     with modelrig.load(llama_folder, cache=kind, context=700) as model:
         cache, ids = model.new_cache(max_len=600), []
@@ -408,7 +408,7 @@ def test_memory_is_what_tensors_and_caches_take(own: modelrig.Model) -> None:
 # ------------------------------------------------------------------------------------------------ interruptions, threads
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("kind", ["dynamic", "static", "sliding"])
 def test_after_an_interrupted_stream_results_are_right(llama_folder: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with modelrig.load(llama_folder, cache=kind) as model:
         expected = ids_of(model, PROMPT, max_new_tokens=12)
@@ -450,7 +450,7 @@ def test_two_streams_at_once_do_not_disturb_each_other(bare: modelrig.Model) -> 
     assert [ids_of(bare, prompt, max_new_tokens=10) for prompt in prompts] == together
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("kind", ["dynamic", "static", "sliding"])
 def test_threads_give_what_one_thread_gives(llama_folder: Path, kind: str) -> None:
     with modelrig.load(llama_folder, cache=kind) as model:
         calls: list[tuple[Any, dict[str, Any]]] = [

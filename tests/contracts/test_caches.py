@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from attrs import evolve
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -18,7 +19,7 @@ LAYERS = (
     AttentionSpec(num_heads=6, num_key_value_heads=2, head_dim=10, value_dim=10, scale=1.0),
     AttentionSpec(num_heads=6, num_key_value_heads=3, head_dim=4, value_dim=7, scale=1.0),
 )
-CACHES = ["dynamic", "static"]
+CACHES = ["dynamic", "static", "sliding"]
 
 
 def make(name: str, batch: int = 2, capacity: int = 600, padding: list[int] | None = None) -> Any:
@@ -176,3 +177,88 @@ def test_the_static_caches_buffers_never_move() -> None:
         cache.commit(count)
     cache.reset()
     assert address == cache.layers[0].keys.data_ptr()
+
+
+# ------------------------------------------------------------------------------------------------ windows
+
+
+def windowed(window: int, headroom: int, batch: int = 1, padding: list[int] | None = None) -> Any:
+    component = current().find("caches", "sliding")
+    layers = (evolve(LAYERS[0], window=window), LAYERS[1])
+    options = component.planner().Options(headroom=headroom)
+    made = component.implementation().create(
+        layers, batch=batch, capacity=40, dtype=torch.float32, device=CPU, padding=padding, options=options
+    )
+    assert component.planner().nbytes(layers, batch, 40, "float32", options) == made.nbytes
+    return made
+
+
+def seen_by(cache: Any, tokens: list[int], window: int) -> list[list[list[int]]]:
+    """For each layer and query of a step that writes `tokens`: the tokens it sees, in order."""
+    slots = cache.begin(len(tokens))
+    found = []
+    for layer, spec in zip(cache.layers, (evolve(LAYERS[0], window=window), LAYERS[1]), strict=True):
+        k, v = (
+            torch.tensor(tokens).float().view(1, 1, -1, 1).expand(1, spec.num_key_value_heads, -1, dim)
+            for dim in (spec.head_dim, spec.value_dim)
+        )
+        keys, values = layer.update(k, -v, slots)
+        assert torch.equal(keys[0, 0, :, 0], -values[0, -1, :, 0])
+        mask = slots.visible(spec).dense()[0, 0]
+        found.append([sorted(keys[0, 0, row, 0].long().tolist()) for row in mask])
+    return found
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_a_window_is_what_is_seen_after_any_history(data: st.DataObject) -> None:
+    window, headroom = data.draw(st.integers(1, 7)), data.draw(st.integers(0, 5))
+    cache, oracle, fresh, highest = windowed(window, headroom), [], iter(range(1, 100_000)), 0
+    for _ in range(data.draw(st.integers(1, 15))):
+        action = data.draw(st.sampled_from(["step", "step", "step", "rewind", "reset", "abandon"]))
+        if action in ("step", "abandon"):
+            tokens = [next(fresh) for _ in range(data.draw(st.integers(1, 12)))]
+            if len(oracle) + len(tokens) > 40:
+                with pytest.raises(CacheError, match="CA-FULL"):
+                    cache.begin(len(tokens))
+                continue
+            rows, everything = seen_by(cache, tokens, window)
+            texts = [[*oracle, *tokens[: place + 1]] for place in range(len(tokens))]
+            assert texts == everything
+            assert [text[-window:] for text in texts] == rows
+            if action == "step":
+                kept = data.draw(st.integers(0, len(tokens)))
+                cache.commit(kept)
+                oracle += tokens[:kept]
+            highest = max(highest, len(oracle), *([len(oracle) + len(tokens)] if len(tokens) <= headroom + 1 else [0]))
+        elif action == "rewind":
+            to = data.draw(st.integers(0, len(oracle)))
+            try:
+                cache.rewind(to)
+                del oracle[to:]
+                highest = highest if to else 0
+            except CacheError as error:
+                assert "CA-REWIND" in str(error) and highest - to > headroom
+        else:
+            cache.reset()
+            oracle.clear()
+            highest = 0
+        assert len(oracle) == cache.length
+
+
+def test_a_window_takes_its_size_and_headroom_and_a_long_one_the_whole_context() -> None:
+    sizes = [windowed(window, 3).layers[0].keys.shape[2] for window in (1, 5, 37, 38, 500)]
+    assert [4, 8, 40, 40, 40] == sizes
+    assert 40 == windowed(5, 3).layers[1].keys.shape[2]
+
+
+def test_a_rewind_within_the_headroom_is_exact_and_one_beyond_is_refused() -> None:
+    cache = windowed(4, 3)
+    for token in range(20):
+        seen_by(cache, [token], 4)
+        cache.commit(1)
+    with pytest.raises(CacheError, match="CA-REWIND"):
+        cache.rewind(15)
+    assert 20 == cache.length
+    cache.rewind(16)
+    assert [[13, 14, 15, 100]] == seen_by(cache, [100], 4)[0]

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import modelrig
-from checkpoints import write_llama
+from checkpoints import write_decoder, write_llama
 from modelrig.errors import CacheError, GenerateError, LoadError, TemplateError
 from modelrig.generation.session import Session
 from tokenizer_folders import byte_level, write
@@ -19,7 +19,7 @@ from tokenizer_folders import byte_level, write
 FIRST, SECOND, THIRD = [5, 17, 3, 60], [9, 9, 31], [44]
 
 
-@pytest.fixture(scope="module", params=["dynamic", "static"])
+@pytest.fixture(scope="module", params=["dynamic", "static", "sliding"])
 def model(request: pytest.FixtureRequest, llama_folder: Path) -> Iterator[modelrig.Model]:
     """Random float32 weights, no tokenizer."""
     with modelrig.load(llama_folder, cache=request.param) as loaded:
@@ -353,3 +353,20 @@ def test_text_turns_equal_one_text(tiny: modelrig.Model) -> None:
     encode = tiny.tokenizer.encode
     ids = [*encode("def add(a, b):\n"), *first.tokens, *encode("\n\ndef sub(a, b):\n")]
     assert fresh(tiny, ids, 10) == list(second.tokens)
+
+
+def test_a_session_whose_cache_has_lost_the_common_beginning_prefills_again(tmp_path: Path) -> None:
+    """A window of 5 with room for two more tokens; each conversation branches off where the cache kept nothing."""
+    write_decoder(tmp_path, "Mistral", sliding_window=5)
+    with modelrig.load(tmp_path, cache={"name": "sliding", "headroom": 2}) as model:
+        session, exact = model.session(), modelrig.load(tmp_path, cache="static")
+        first = session.generate([7, 8, 9, 10, 11, 12], max_new_tokens=20)
+        assert list(first.tokens) == list(exact.generate([7, 8, 9, 10, 11, 12], max_new_tokens=20).tokens)
+        follows = [7, 8, 9, 10, 11, 12, *first.tokens, 3]
+        second = session.generate([3], max_new_tokens=9)
+        assert list(second.tokens) == list(exact.generate(follows, max_new_tokens=9).tokens)
+        assert second.stats.prompt_tokens <= 3
+        session.tokens = [7, 8, 9]
+        third = session.generate([10, 11], max_new_tokens=9)
+        assert list(third.tokens) == list(exact.generate([7, 8, 9, 10, 11], max_new_tokens=9).tokens)
+        assert third.stats.prompt_tokens == 5

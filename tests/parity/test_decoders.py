@@ -270,7 +270,7 @@ def test_logits_without_a_cache(pair: tuple[Any, Path], attention: str, record_p
     record_property("error", assert_close(reference(ids).logits, modelrig.load(folder, attention=attention)(ids)))
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("cache", ["dynamic", "static", "sliding"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @torch.no_grad()
 def test_prompts_that_arrive_in_chunks(pair: tuple[Any, Path], cache: str, attention: str) -> None:
@@ -305,7 +305,7 @@ def test_padded_batches(pair: tuple[Any, Path], side: str) -> None:
         assert_close(expected[-2:], following[row])
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("cache", ["dynamic", "static", "sliding"])
 def test_greedy_tokens_over_64_steps_alone_and_in_a_batch(pair: tuple[Any, Path], cache: str) -> None:
     reference, folder = pair
     prompts = [tokens(1, length, seed=length)[0].tolist() for length in (23, 7, 14)]
@@ -382,7 +382,7 @@ def test_dynamic_rope_beyond_its_length_is_the_references_for_whole_prompts_and_
 LONG = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0, 1.1, 1.3, 1.7], "long_factor": [1.5, 2.0, 4.0, 9.0]}
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("cache", ["dynamic", "static", "sliding"])
 def test_phi3_computes_all_keys_anew_when_a_text_outgrows_the_trained_length(tmp_path: Path, cache: str) -> None:
     """As the reference does; each row of a batch by its own length."""
     reference = write_decoder(tmp_path, "Phi3", original_max_position_embeddings=40, rope_parameters=LONG)

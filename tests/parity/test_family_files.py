@@ -82,22 +82,24 @@ def test_a_head_that_is_stored_is_used_and_stays_used_when_saved(family: str, tm
     assert_close(expected, again(ids).logits)
 
 
+@pytest.mark.parametrize("cache", ["static", {"name": "sliding", "headroom": 4}], ids=["static", "sliding"])
 @torch.no_grad()
-def test_a_step_is_one_graph(family: str, tmp_path: Path) -> None:
+def test_a_step_is_one_graph(family: str, tmp_path: Path, cache: Any) -> None:
     write_decoder(tmp_path, family, **FAMILIES[family])
-    model, ids = modelrig.load(tmp_path, cache="static"), tokens(2, 19)
+    model, ids = modelrig.load(tmp_path, cache=cache), tokens(2, 19)
     torch._dynamo.reset()
     step = torch.compile(model.step, fullgraph=True, backend="eager", dynamic=False)
-    cache, traced = model.new_cache(batch=2, max_len=25), []
+    held, traced = model.new_cache(batch=2, max_len=25), []
     for part in (ids[:, :17], ids[:, 17:18], ids[:, 18:]):
-        traced.append(step(part, cache.begin(part.shape[1])))
-        cache.commit(part.shape[1])
+        traced.append(step(part, held.begin(part.shape[1])))
+        held.commit(part.shape[1])
     assert_close(model(ids), torch.cat(traced, dim=1))
 
 
-def test_planned_bytes_are_measured_ones(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("cache", ["static", {"name": "sliding", "headroom": 4}], ids=["static", "sliding"])
+def test_planned_bytes_are_measured_ones(family: str, tmp_path: Path, cache: Any) -> None:
     write_decoder(tmp_path, family, **FAMILIES[family])
-    plan = modelrig.plan(tmp_path, dtype="bfloat16", context=37, batch=3, cache="static")
+    plan = modelrig.plan(tmp_path, dtype="bfloat16", context=37, batch=3, cache=cache)
     model = plan.load()
     planned = sum(line.bytes for line in plan.ledger if line.moment == "steady" and "weights" in line.what)
     assert model.memory()["weights"] == planned

@@ -208,7 +208,7 @@ def test_prompts_run_in_the_parts_that_the_estimate_assumes() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16"])
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("cache", ["dynamic", "static", "sliding"])
 def test_the_predicted_bytes_are_those_the_loaded_model_measures(llama_folder: Path, dtype: str, cache: str) -> None:
     import torch
 

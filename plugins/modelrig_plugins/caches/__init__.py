@@ -29,4 +29,13 @@ def modelrig_caches() -> list[CacheImplementation]:
             rank=20,
             capabilities=_CAPABILITIES,
         ),
+        CacheImplementation(
+            name="sliding",
+            summary="layers with a window keep that window, the others everything; allocated once",
+            planner="modelrig_plugins.caches.sliding:SlidingPlanner",
+            implementation="modelrig_plugins.caches.sliding_module:SlidingCache",
+            offers={"layout:bhsd", "fullgraph", "fixed_address"},
+            rank=30,
+            capabilities=_CAPABILITIES,
+        ),
     ]
