@@ -152,6 +152,7 @@ def test_a_config_that_contradicts_the_tensors_is_refused(family: str, tmp_path:
         ("Gemma2", {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar"),
         ("Gemma2", {"attn_logit_softcapping": -1.0}, "attn_logit_softcapping"),
         ("Gemma3Text", {"layer_types": ["full_attention"]}, "layer_types"),
+        ("Gemma3Text", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "rope_parameters"),
         ("Phi3", {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0] * 4}},
          "rope_parameters.short_factor"),
         ("Phi3", {"rope_parameters": {"partial_rotary_factor": 0.4}}, "rope_parameters.partial_rotary_factor"),

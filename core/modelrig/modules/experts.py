@@ -54,14 +54,15 @@ class Experts(nn.Module):
         n, chosen = which.shape
         flat = which.flatten()
         order = flat.argsort(stable=True)  # pairs of token and expert, by expert
-        inputs, outputs = x[order // chosen], x.new_empty(n * chosen, x.shape[-1])
-        start = 0
-        for expert, size in enumerate(flat.bincount(minlength=self.count).tolist()):
-            if size:
-                outputs[order[start : start + size]] = self._run(expert, inputs[start : start + size])
-                start += size
+        sizes = flat.bincount(minlength=self.count).tolist()
+        groups = x.index_select(0, order // chosen).split(sizes)
+        outputs = torch.cat([self._run(expert, group) for expert, group in enumerate(groups) if group.shape[0]])
         # Each token's experts are added up in the order it chose them, whatever tokens stand beside it.
-        return (outputs.view(n, chosen, -1) * share[:, :, None]).sum(dim=1).to(x.dtype)
+        places = order.argsort().view(n, chosen)
+        total = outputs.index_select(0, places[:, 0]) * share[:, :1]
+        for choice in range(1, chosen):
+            total.addcmul_(outputs.index_select(0, places[:, choice]), share[:, choice, None])
+        return total.to(x.dtype)
 
     def _one(self, x: Tensor, which: list[int], share: Tensor) -> Tensor:
         outputs = torch.stack([self._run(expert, x).view(-1) for expert in which])

@@ -34,6 +34,10 @@ def read_full_rope(reader: ConfigReader, head_dim: int, max_positions: int) -> R
     """Of layers that see everything: `rope_parameters.full_attention`, or `rope_theta` and `rope_scaling`."""
     theta = reader.number("rope_theta", *THETA, default=1e6)
     settings = reader.child("rope_parameters")
+    if settings is not None:
+        flat = sorted(set(settings.values) - {FULL, SLIDING})
+        text = f"{', '.join(flat[:5])}; {FULL} and {SLIDING} are needed, each with settings of its own"
+        reader.require(not flat, "CF-REL", "rope_parameters", text)
     settings = reader.child("rope_scaling") if settings is None else settings.child(FULL)
     return evolve(rope_from(settings, head_dim, max_positions, theta=theta), max_positions=max_positions)
 
