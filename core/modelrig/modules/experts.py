@@ -55,7 +55,7 @@ class Experts(nn.Module):
         flat = which.flatten()
         order = flat.argsort(stable=True)  # pairs of token and expert, by expert
         sizes = flat.bincount(minlength=self.count).tolist()
-        groups = x.index_select(0, order // chosen).split(sizes)
+        groups = torch.split(x.index_select(0, order // chosen), sizes)
         outputs = torch.cat([self._run(expert, group) for expert, group in enumerate(groups) if group.shape[0]])
         # Each token's experts are added up in the order it chose them, whatever tokens stand beside it.
         places = order.argsort().view(n, chosen)
