@@ -170,6 +170,14 @@ def test_without_files_the_mean_of_as_many_tokens_as_the_tokenizer_says(trained:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("asked", ["mean", "cls", "max", ["max", "mean"]])
+def test_the_newer_spelling_of_poolings_is_read(edited: Edited, asked: Any) -> None:
+    newer = {"embedding_dimension": 32, "pooling_mode": asked, "include_prompt": True}
+    model = modelrig.load(edited(("1_Pooling/config.json", newer), ("modules.json", STEPS[:2])))
+    parts = [model.embed(TEXTS, pooling=name) for name in ([asked] if isinstance(asked, str) else asked)]
+    assert torch.equal(torch.cat(parts, dim=1), model.embed(TEXTS))
+
+
 def test_several_poolings_stand_side_by_side(edited: Edited) -> None:
     both = POOLING | {"pooling_mode_cls_token": True, "include_prompt": True}
     model = modelrig.load(edited(("1_Pooling/config.json", both), ("modules.json", STEPS[:2])))
@@ -203,6 +211,9 @@ def test_a_prompt_and_small_letters(trained: tuple[Path, Any, Any], edited: Edit
         ("modules.json", [STEPS[0], STEPS[1] | {"path": "../1_Pooling"}], "CF-ENUM", "[1].path"),
         ("modules.json", [STEPS[0], STEPS[1] | {"path": "3_Pooling"}], "CF-MISSING", None),
         ("1_Pooling/config.json", {}, "CF-MISSING", "pooling_mode_mean_tokens"),
+        ("1_Pooling/config.json", {"pooling_mode": "lasttoken"}, "CF-ENUM", "pooling_mode"),
+        ("1_Pooling/config.json", {"pooling_mode": []}, "CF-MISSING", "pooling_mode"),
+        ("1_Pooling/config.json", {"pooling_mode": "mean", "embedding_dimension": 31}, "CF-REL", "embedding_dimension"),
         ("1_Pooling/config.json", POOLING | {"pooling_mode_lasttoken": True}, "CF-ENUM", "pooling_mode_lasttoken"),
         ("1_Pooling/config.json", POOLING | {"pooling_mode_mean_tokens": 1}, "CF-TYPE", "pooling_mode_mean_tokens"),
         ("1_Pooling/config.json", POOLING | {"word_embedding_dimension": 64}, "CF-REL", "word_embedding_dimension"),

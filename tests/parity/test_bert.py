@@ -521,3 +521,12 @@ def test_a_config_without_optional_keys_means_what_it_means_to_transformers(tmp_
     facts = modelrig.plan(tmp_path).facts
     assert (usual.max_position_embeddings, usual.type_vocab_size) == (facts.position_limit, facts.token_types)
     assert (usual.layer_norm_eps, usual.hidden_act) == (facts.config.layer_norm_eps, facts.config.hidden_act)
+
+
+def test_names_of_heads_that_are_left_out_are_quoted_and_few(tmp_path: Path) -> None:
+    write_bert(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    stored |= {f"cls.{number}\n  all is well": torch.zeros(1) for number in range(200)}
+    save_file(stored, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    [note] = [note for note in modelrig.plan(tmp_path).notes if "heads" in note]
+    assert "\n" not in note and "and 190 more" in note

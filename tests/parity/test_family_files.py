@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,23 @@ def test_a_config_that_cannot_be_is_refused(tmp_path: Path, family: str, changes
     with pytest.raises(ConfigError) as caught:
         modelrig.plan(tmp_path)
     assert locus == caught.value.locus
+
+
+@pytest.mark.parametrize(
+    ("family", "name"), [("Mixtral", "block_sparse_moe.experts.{}.w1"), ("Qwen3Moe", "mlp.experts.{}.up_proj")]
+)
+def test_a_number_in_one_name_makes_no_plan_long(tmp_path: Path, family: str, name: str) -> None:
+    write_decoder(tmp_path, family, **FAMILIES[family])
+    safetensors.torch.save_file(
+        {f"model.layers.1023.{name.format(4095)}.weight": torch.zeros(1)}, tmp_path / "model.safetensors", metadata={"format": "pt"}
+    )
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text()) | {"num_hidden_layers": 1024, "num_local_experts": 4096, "num_experts": 4096}
+    file.write_text(json.dumps(config | {"mlp_only_layers": [16384] * 200_000}))
+    started = time.process_time()
+    with pytest.raises(ConfigError, match="4096 in each of 1024 layers are 12582912 tensors, the tensor files hold 1"):
+        modelrig.plan(tmp_path)
+    assert time.process_time() - started < 20  # it took minutes
 
 
 def test_experts_are_mapped_from_their_files_as_planned(tmp_path: Path) -> None:

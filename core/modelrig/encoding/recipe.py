@@ -24,7 +24,7 @@ from modelrig.errors import ConfigError, quoted
 MODULES, LENGTHS, PROMPTS = "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"
 TOKENIZER = "tokenizer_config.json"
 MAX_DIGITS = 40  # `model_max_length` is often written as int(1e30)
-FLAG = "pooling_mode_"
+MODE, FLAG = "pooling_mode", "pooling_mode_"
 #: key of a pooling's config → what it is called here; of several that are true, vectors are put side by side in this order
 POOLINGS = {"pooling_mode_cls_token": "cls", "pooling_mode_max_tokens": "max", "pooling_mode_mean_tokens": "mean"}
 
@@ -89,16 +89,33 @@ def _steps(path: Path) -> tuple[str, bool]:
 def _poolings(path: Path, hidden_size: int, *, has_prompt: bool) -> tuple[str, ...]:
     values = load_json(path, error=ConfigError, prefix="CF")
     with ConfigReader(values, path) as read:
-        width = read.integer("word_embedding_dimension", 1, 1 << 24, default=hidden_size)
-        text = f"{width}, but the model's states have {hidden_size} numbers"
-        read.require(width == hidden_size, "CF-REL", "word_embedding_dimension", text)
-        asked = [key for key in values if key.startswith(FLAG) and read.boolean(key, default=False)]
-        served = ", ".join(POOLINGS)
-        for key in asked:
-            read.require(key in POOLINGS, "CF-ENUM", key, f"true; served are {served}")
-        read.require(bool(asked) or bool(read.problems), "CF-MISSING", f"{FLAG}mean_tokens", f"no pooling is true of {served}")
+        for key in ("embedding_dimension", "word_embedding_dimension"):
+            width = read.integer(key, 1, 1 << 24, default=hidden_size)
+            text = f"{width}, but the model's states have {hidden_size} numbers"
+            read.require(width == hidden_size, "CF-REL", key, text)
+        names = _named(read) if MODE in read else _flagged(read)
         leaves_out = has_prompt and not read.boolean("include_prompt", default=True)
         read.require(not leaves_out, "CF-ENUM", "include_prompt", "false; a prompt's tokens are pooled with the text's")
+    return names
+
+
+def _named(read: ConfigReader) -> tuple[str, ...]:
+    """`pooling_mode`, as newer sentence-transformers write it: a name, or several whose vectors are put side by side."""
+    names = read.strings(MODE, single=True)
+    served = ", ".join(POOLINGS.values())
+    for name in names:
+        read.require(name in POOLINGS.values(), "CF-ENUM", MODE, f"{quoted(name)}; served are {served}")
+    read.require(bool(names) or bool(read.problems), "CF-MISSING", MODE, f"no pooling; served are {served}")
+    return names
+
+
+def _flagged(read: ConfigReader) -> tuple[str, ...]:
+    """The older `pooling_mode_*_tokens`, of which those that are true are put side by side."""
+    asked = [key for key in read.values if key.startswith(FLAG) and read.boolean(key, default=False)]
+    served = ", ".join(POOLINGS)
+    for key in asked:
+        read.require(key in POOLINGS, "CF-ENUM", key, f"true; served are {served}")
+    read.require(bool(asked) or bool(read.problems), "CF-MISSING", f"{FLAG}mean_tokens", f"no pooling is true of {served}")
     return tuple(name for key, name in POOLINGS.items() if key in asked)
 
 

@@ -61,15 +61,19 @@ def read_special_tokens(snapshot: Snapshot) -> SpecialTokens:
     return SpecialTokens(tokens=tokens, templates=templates, origins=origins, extra=extra, added=added)
 
 
-def end_of_text_ids(snapshot: Snapshot, vocab_size: int) -> tuple[int, ...]:
-    """The ids that end a text, as the plan reads them; those a model with `vocab_size` logits cannot produce are left out.
+def end_of_text_ids(snapshot: Snapshot, vocab_size: int) -> tuple[int, ...] | None:
+    """The ids that end a text, as the plan reads them, without those that a model with `vocab_size` logits cannot produce; None
+    where no file says any.
 
     Raises:
         ConfigError: CF-TYPE if `eos_token_id` is neither an id nor a list of ids, or what `load_json` finds.
     """
     path = optional(snapshot, MODEL_CONFIG)
     config = {} if path is None else load_json(path, error=ConfigError, prefix="CF")
-    return tuple(dict.fromkeys(token for token in read_generation(config, snapshot).eos_ids if token < vocab_size))
+    said = read_generation(config, snapshot)
+    if "eos_token_id" not in said.values:
+        return None
+    return tuple(dict.fromkeys(token for token in said.eos_ids if token < vocab_size))
 
 
 def _json(snapshot: Snapshot, name: str) -> dict[str, Any]:

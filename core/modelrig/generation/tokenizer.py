@@ -36,18 +36,18 @@ class Tokenizer:
     """The tokenizer of a checkpoint; made by `from_folder`.
 
     Attributes:
-        eos_ids: ids that end a text: those of generation_config.json (or config.json), and the tokenizer's `eos_token`.
+        eos_ids: ids that end a text: those of generation_config.json, else of config.json, else the tokenizer's `eos_token`.
         bos_id, pad_id: ids of `bos_token` and `pad_token`, None where there is none.
         special: special tokens and chat templates of the folder.
     """
 
-    def __init__(self, rust: tokenizers.Tokenizer, root: Path, special: SpecialTokens, eos_ids: Sequence[int]) -> None:
+    def __init__(self, rust: tokenizers.Tokenizer, root: Path, special: SpecialTokens, eos_ids: Sequence[int] | None) -> None:
         self._rust, self._root, self.special = rust, root, special
         self._path = root / "tokenizer.json"
         self.bos_id = self._named("bos_token")
         self.pad_id = self._named("pad_token")
         eos = self._named("eos_token")
-        self.eos_ids = tuple(dict.fromkeys([*eos_ids, *([] if eos is None else [eos])]))
+        self.eos_ids = (() if eos is None else (eos,)) if eos_ids is None else tuple(dict.fromkeys(eos_ids))
 
     @classmethod
     def from_folder(cls, root: Path, vocab_size: int, link_roots: Sequence[Path] = ()) -> Tokenizer | None:

@@ -29,6 +29,7 @@ HEADS = {
 }
 #: names with which stored heads begin, outside of the base model
 HEAD_NAMES = ("cls.", "classifier.", "qa_outputs.")
+SHOWN = 10  # names in a note
 DECODER, WORDS, BIAS = "cls.predictions.decoder", "embeddings.word_embeddings.weight", "cls.predictions.bias"
 
 
@@ -257,5 +258,6 @@ def left_out(config: BertConfig, parameters: tuple[Parameter, ...], catalog: Cat
     used = {one.stored_as for one in parameters}
     heads = [name for name in catalog.entries if name.startswith(HEAD_NAMES) and name not in used and name not in config.ties]
     numbers = [name for name in spelt("embeddings.position_ids") if name in catalog.entries]
-    note = f"heads that this model ({config.head.replace('_', ' ')}) does not use are stored too: {', '.join(heads)}"
+    shown = ", ".join(map(quoted, heads[:SHOWN])) + (f" and {len(heads) - SHOWN} more" if len(heads) > SHOWN else "")
+    note = f"heads that this model ({config.head.replace('_', ' ')}) does not use are stored too: {shown}"
     return (*numbers, *heads, *(name for name in config.ties if name in catalog.entries)), (note,) if heads else ()

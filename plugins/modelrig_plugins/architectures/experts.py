@@ -11,6 +11,7 @@ from modelrig.components import Catalog, Parameter, Part
 from modelrig_plugins.architectures.reading import stored_number
 
 EXPERT_LIMIT = 1 << 16
+LISTED = 10_000  # missing tensors that are listed
 
 
 @frozen(kw_only=True)
@@ -66,7 +67,11 @@ def read_experts(
         reader.require(
             stored in (0, count), "CF-REL", key, f"{count}, but the tensor files hold experts 0 to {stored - 1}", uses=uses
         )
-        count = min(count, max(stored, 1))  # so that a number alone cannot make a plan long
+        # A number in a config or a name must not make a plan long: what is lacking is listed one by one only where it is little.
+        needed, there = 3 * count * sum(layers), len(catalog.entries)
+        text = f"{count} in each of {sum(layers)} layers are {needed} tensors, the tensor files hold {there}"
+        reader.require(needed <= there + LISTED, "CF-REL", key, text, uses=uses)
+        count = min(count, max(stored, 1)) if needed <= there + LISTED else 1
     return ExpertsConfig(
         count=count,
         chosen=chosen,

@@ -23,7 +23,7 @@ def windows(reader: ConfigReader, layers: int) -> Windows:
 
 def finish(reader: ConfigReader, config: DecoderConfig, catalog: Catalog) -> DecoderConfig:
     step = reader.integer("decoder_sparse_step", 1, LAYER_LIMIT, default=1)
-    dense = reader.integers("mlp_only_layers", 0, LAYER_LIMIT, default=())
+    dense = frozenset(reader.integers("mlp_only_layers", 0, LAYER_LIMIT, default=()))
     experts = read_experts(
         reader,
         catalog,
