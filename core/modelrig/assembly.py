@@ -16,7 +16,7 @@ from modelrig.planning.ledger import ACTIVATIONS, CACHE, ENCODING
 from modelrig.planning.memory import asked_limit
 from modelrig.planning.placement_maps import resolve
 from modelrig.planning.plan import RigPlan
-from modelrig.planning.tokenizer_files import find_other_form
+from modelrig.planning.tokenizer_files import OtherForm, find_other_form
 
 if TYPE_CHECKING:
     from torch import nn
@@ -24,10 +24,12 @@ if TYPE_CHECKING:
 
 @frozen(eq=False)
 class Assembled:
-    """A module with its weights. `parts` are the implementations, by kind."""
+    """A module with its weights. `parts` are the implementations, by kind; `other_form` is what the tokenizer is where there is one
+    that cannot be used."""
 
     module: nn.Module
     tokenizer: Tokenizer | None
+    other_form: OtherForm | None
     parts: dict[str, Any]
     filled: Filled
 
@@ -41,8 +43,9 @@ def assemble(plan: RigPlan, progress: Callable[[int, int], None] | None) -> Asse
     snapshot, catalog = fetch(plan.snapshot, plan.catalog, parts["sources"], plan.choices["formats"].registered.planner(), progress)
     for kind in ("attention", "quantizers"):  # these two have one object per model
         parts[kind] = parts[kind](plan.choices[kind].options)
-    tokenizer = None  # in another form it is noted in the plan, and ids work without it
-    if find_other_form(snapshot) is None:  # before the weights: it may be what is wrong
+    # In another form it is noted in the plan, and ids work without it. Before the weights: it may be what is wrong.
+    tokenizer, other_form = None, find_other_form(snapshot)
+    if other_form is None:
         tokenizer = Tokenizer.from_folder(snapshot.root, plan.facts.vocab_size, snapshot.link_roots)
     context = BuildContext(parts["attention"], parts["quantizers"], dtype)
     with torch.inference_mode(False):  # parameters made in a caller's inference block would be of no use outside
@@ -62,4 +65,4 @@ def assemble(plan: RigPlan, progress: Callable[[int, int], None] | None) -> Asse
             ),
             progress=progress,
         )
-    return Assembled(module, tokenizer, parts, filled)
+    return Assembled(module, tokenizer, other_form, parts, filled)

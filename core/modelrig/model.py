@@ -22,7 +22,7 @@ from modelrig.planning.identify import check_reference, possible_folder
 from modelrig.planning.pipeline import make_plan
 from modelrig.planning.placement_maps import require_one_gpu
 from modelrig.planning.plan import RigPlan
-from modelrig.planning.tokenizer_files import find_other_form, no_text
+from modelrig.planning.tokenizer_files import no_text
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -110,7 +110,7 @@ class Model:
 
         module = assembled.module
         self.plan, self.tokenizer, self.load_report = plan, assembled.tokenizer, assembled.filled.report
-        self._other_form = find_other_form(plan.snapshot) if assembled.tokenizer is None else None
+        self._other_form = assembled.other_form
         self._streamer = assembled.filled.streamer
         self._module: nn.Module | None = module
         self._parts = dict(assembled.parts)
@@ -338,7 +338,6 @@ class Model:
 
     def session(self, max_len: int | None = None) -> Session:
         """A conversation that keeps its cache across turns."""
-        self.plan.require_generation()
         from modelrig.generation.session import Session
 
         return Session(self.new_cache(1, max_len), self._encode_turn, self._start_turn, self.plan.generation)

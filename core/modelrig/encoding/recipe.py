@@ -20,10 +20,10 @@ from modelrig.checkpoint.paths import inside, name_problem, optional
 from modelrig.checkpoint.strict_json import load_json, load_json_value
 from modelrig.components import Snapshot
 from modelrig.errors import ConfigError, quoted
+from modelrig.planning.tokenizer_files import CONFIG as TOKENIZER_CONFIG
+from modelrig.planning.tokenizer_files import MAX_DIGITS
 
 MODULES, LENGTHS, PROMPTS = "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"
-TOKENIZER = "tokenizer_config.json"
-MAX_DIGITS = 40  # `model_max_length` is often written as int(1e30)
 MODE, FLAG = "pooling_mode", "pooling_mode_"
 #: key of a pooling's config → what it is called here; of several that are true, vectors are put side by side in this order
 POOLINGS = {"pooling_mode_cls_token": "cls", "pooling_mode_max_tokens": "max", "pooling_mode_mean_tokens": "mean"}
@@ -126,7 +126,7 @@ def _lengths(snapshot: Snapshot) -> tuple[int | None, bool]:
 
 def _longest(snapshot: Snapshot) -> int | None:
     """What the tokenizer says: often a number that is no length at all."""
-    with _reader(snapshot, TOKENIZER, MAX_DIGITS) as read:
+    with _reader(snapshot, TOKENIZER_CONFIG, MAX_DIGITS) as read:
         return read.integer("model_max_length", 1, 10**MAX_DIGITS, default=None)
 
 

@@ -234,23 +234,28 @@ class Run:
         stable = self.engine.stable_length
         chunk = PREFILL_CHUNK if stable is None or self._held + length <= stable else length
         for start in range(0, length, chunk):
-            logits, before = self._feed(ids[:, start : start + chunk], last_only=True)
-            self.cache.commit(before + ids[:, start : start + chunk].shape[1])
+            part = ids[:, start : start + chunk]
+            logits, before = self._feed(part, last_only=True)
+            self.cache.commit(before + part.shape[1])
         return logits
 
     def _feed(self, ids: Tensor, *, last_only: bool) -> tuple[Tensor, int]:
         """The logits of `ids` [batch, n], or only of the last, and how many tokens before them have to be committed again."""
-        if self.engine.restarts_at is None:
-            return self.engine.step(ids, begin(self.cache, ids.shape[1]), last_only), 0
-        self._fed.append(ids)
-        if not self._crosses(self.cache.length, ids.shape[1]):
-            return self.engine.step(ids, begin(self.cache, ids.shape[1]), last_only), 0
-        before, count = self._held, ids.shape[1]
+        if self.engine.restarts_at is not None:
+            self._fed.append(ids)
+            if self._crosses(self.cache.length, ids.shape[1]):
+                return self._feed_anew(ids.shape[1], last_only=last_only)
+        return self.engine.step(ids, begin(self.cache, ids.shape[1]), last_only), 0
+
+    def _feed_anew(self, count: int, *, last_only: bool) -> tuple[Tensor, int]:
+        """`_feed` of the last `count` tokens, with all tokens before them computed again."""
+        before = self._held
         if before and [len(history) for history in self.histories] != [before + len(prompt) for prompt in self.prompts]:
             text = f"beyond {self.engine.restarts_at} tokens all of them are computed anew, and those in the cache are not known"
             raise CacheError("CA-REWIND", text, hint="begin with an empty cache, or use a session")
         known = [history[:before] for history in self.histories]
-        ids = torch.cat((torch.tensor(known, dtype=torch.int64, device=ids.device).view(ids.shape[0], -1), *self._fed), dim=1)
+        first = torch.tensor(known, dtype=torch.int64, device=self.engine.device).view(len(known), -1)
+        ids = torch.cat((first, *self._fed), dim=1)
         self.cache.rewind(0)
         logits = self.engine.step(ids, begin(self.cache, ids.shape[1]), last_only or count == 1)
         return logits[:, -count:], ids.shape[1] - count

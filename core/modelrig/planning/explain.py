@@ -10,7 +10,7 @@ from modelrig.errors import MAX_QUOTED
 from modelrig.planning.generation_config import IDS, RECOMMENDED, SAMPLING
 from modelrig.planning.ledger import MOMENTS
 from modelrig.planning.memory import human
-from modelrig.planning.plan import RigPlan, plain_options
+from modelrig.planning.plan import LayerKind, RigPlan, plain_options
 from modelrig.planning.request import DEFAULT
 from modelrig.planning.rules import SINGULAR
 from modelrig.planning.units import DISK
@@ -60,7 +60,7 @@ def _rig(plan: RigPlan) -> Iterator[str]:
             rows.append(("", sampling.component, sampling.why))
     kinds = plan.layer_kinds
     if any(one.kind != "full" for one in kinds):
-        rows.append(("layers", ", ".join(f"{one.layers} {one.kind}" for one in kinds), "; ".join(_layers(plan))))
+        rows.append(("layers", ", ".join(f"{one.layers} {one.kind}" for one in kinds), "; ".join(_layers(kinds))))
     rows.append(("device", plan.device, plan.origins["device"]))
     rows.append(("dtype", plan.dtype, plan.origins["dtype"]))
     rows.append(("context", f"{plan.context:,} tokens", plan.origins["context"]))
@@ -68,9 +68,9 @@ def _rig(plan: RigPlan) -> Iterator[str]:
     yield from _aligned(rows)
 
 
-def _layers(plan: RigPlan) -> Iterator[str]:
+def _layers(kinds: Sequence[LayerKind]) -> Iterator[str]:
     """What layers of each kind see and keep."""
-    for one in plan.layer_kinds:
+    for one in kinds:
         window = f", a window of {one.window:,} tokens" if one.window is not None else ""
         kept = f", a cache of {human(one.cache_bytes)}" if one.cache_bytes else ""
         if window or kept:

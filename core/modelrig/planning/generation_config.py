@@ -1,8 +1,8 @@
 """What `generation_config.json` says of how to generate, each value with the file it comes from.
 
-Decoding stays greedy unless a call gives a temperature, so `do_sample` and `temperature` only recommend. The rest is the default of
-an option that a call leaves out: those in `ALWAYS` as soon as it is left out, those in `SAMPLING` if the call samples besides. Of
-config.json only `eos_token_id` counts, where the other file has none.
+Decoding stays greedy unless a call gives a temperature, so what is `RECOMMENDED` only recommends. The rest is the default of an option
+that a call leaves out: those in `SAMPLING` only if the call samples. Of config.json only `eos_token_id` counts, where the other file
+has none.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ MAX_DIGITS = 40  # of a whole number, which the range then refuses by its key
 USUAL_MAX_LENGTH = 20  # transformers' default, which older versions wrote down: nobody's wish
 LISTED = 20  # keys that are not honoured, in a note
 
-ALWAYS = ("max_new_tokens", "max_length", "min_new_tokens", "repetition_penalty")
 SAMPLING = ("top_k", "top_p", "min_p")
 RECOMMENDED = ("do_sample", "temperature")
 IDS = ("eos_token_id", "bos_token_id", "pad_token_id")

@@ -16,7 +16,7 @@ from modelrig.checkpoint.activations import ACTIVATIONS
 from modelrig.checkpoint.config import ConfigReader
 from modelrig.components import AttentionSpec, Catalog, ModelFacts, Parameter
 from modelrig.errors import quoted
-from modelrig_plugins.architectures.reading import LIMIT, read_dtype, read_layers, require_head_dim
+from modelrig_plugins.architectures.reading import LIMIT, parse, read_layers, require_head_dim
 
 BASE, MASKED, SEQUENCE, TOKENS = "base", "masked_lm", "sequence_classification", "token_classification"
 #: class in `architectures` → head
@@ -63,10 +63,7 @@ class BertConfig:
 class BertPlanner:
     @staticmethod
     def describe(config: Mapping[str, Any], catalog: Catalog, path: Path) -> ModelFacts:
-        reader = ConfigReader(config, path)
-        with reader:
-            parsed = read_config(reader, catalog)
-            dtype = read_dtype(reader)
+        parsed, dtype = parse(config, path, lambda reader: read_config(reader, catalog))
         parameters = tuple(list_parameters(parsed, stored_names(parsed, catalog)))
         ignored, notes = left_out(parsed, parameters, catalog)
         return ModelFacts(

@@ -22,7 +22,7 @@ from modelrig_plugins.architectures.experts import ExpertsConfig, list_experts
 from modelrig_plugins.architectures.reading import (
     LIMIT,
     POSITION_LIMIT,
-    read_dtype,
+    parse,
     read_layers,
     read_tie,
     require_head_dim,
@@ -118,10 +118,7 @@ class DecoderPlanner:
     family: Family
 
     def describe(self, config: Mapping[str, Any], catalog: Catalog, path: Path) -> ModelFacts:
-        reader = ConfigReader(config, path)
-        with reader:
-            parsed = read_config(self.family, reader, catalog)
-            dtype = read_dtype(reader)
+        parsed, dtype = parse(config, path, lambda reader: read_config(self.family, reader, catalog))
         prefix = "" if "embed_tokens.weight" in catalog.entries else "model."  # saved as a base model, without its head
         sizes = [parsed.intermediate_size, *([parsed.experts.busy_size] if parsed.experts else [])]
         return ModelFacts(

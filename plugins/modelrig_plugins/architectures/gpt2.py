@@ -11,7 +11,7 @@ from attrs import frozen
 from modelrig.checkpoint.activations import ACTIVATIONS
 from modelrig.checkpoint.config import ConfigReader
 from modelrig.components import AttentionSpec, Catalog, ModelFacts, Parameter, Part
-from modelrig_plugins.architectures.reading import LIMIT, POSITION_LIMIT, read_dtype, read_layers, read_tie, require_head_dim
+from modelrig_plugins.architectures.reading import LIMIT, POSITION_LIMIT, parse, read_layers, read_tie, require_head_dim
 
 
 @frozen(kw_only=True)
@@ -29,10 +29,7 @@ class GPT2Config:
 class GPT2Planner:
     @staticmethod
     def describe(config: Mapping[str, Any], catalog: Catalog, path: Path) -> ModelFacts:
-        reader = ConfigReader(config, path)
-        with reader:
-            parsed = read_config(reader, catalog)
-            dtype = read_dtype(reader)
+        parsed, dtype = parse(config, path, lambda reader: read_config(reader, catalog))
         prefix = "" if "wte.weight" in catalog.entries else "transformer."  # saved as a base model
         return ModelFacts(
             architecture="gpt2",

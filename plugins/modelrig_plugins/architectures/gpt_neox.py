@@ -12,7 +12,7 @@ from modelrig.checkpoint.activations import ACTIVATIONS
 from modelrig.checkpoint.config import ConfigReader
 from modelrig.checkpoint.rope import RopeSpec, read_rope
 from modelrig.components import AttentionSpec, Catalog, ModelFacts, Parameter
-from modelrig_plugins.architectures.reading import LIMIT, POSITION_LIMIT, read_dtype, read_layers, read_tie, require_head_dim
+from modelrig_plugins.architectures.reading import LIMIT, POSITION_LIMIT, parse, read_layers, read_tie, require_head_dim
 
 HEADS = ("embed_out.weight", "lm_head.weight")  # what checkpoints call the head
 #: masks and frequencies that old versions of transformers stored with the weights
@@ -36,10 +36,7 @@ class NeoXConfig:
 class NeoXPlanner:
     @staticmethod
     def describe(config: Mapping[str, Any], catalog: Catalog, path: Path) -> ModelFacts:
-        reader = ConfigReader(config, path)
-        with reader:
-            parsed = read_config(reader, catalog)
-            dtype = read_dtype(reader)
+        parsed, dtype = parse(config, path, lambda reader: read_config(reader, catalog))
         prefix = "" if "embed_in.weight" in catalog.entries else "gpt_neox."  # saved as a base model
         head = None if parsed.tied else next((name for name in HEADS if name in catalog.entries), HEADS[0])
         return ModelFacts(

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
 from modelrig.checkpoint.config import ConfigReader
 from modelrig.components import FLOATING, Catalog
 
@@ -10,9 +14,17 @@ LAYER_LIMIT = 1 << 14
 POSITION_LIMIT = 1 << 31
 
 
-def read_dtype(reader: ConfigReader) -> str | None:
-    """What the weights are said to be stored in; the key is `torch_dtype` in older configs."""
-    return reader.choice("dtype", FLOATING, default=None, aliases=("torch_dtype",))
+Parsed = TypeVar("Parsed")
+
+
+def parse(config: Mapping[str, Any], path: Path, read: Callable[[ConfigReader], Parsed]) -> tuple[Parsed, str | None]:
+    """What `read` makes of the config, and the dtype it says the weights have (`torch_dtype` in older ones).
+
+    Raises:
+        ConfigError: with everything that is wrong with it.
+    """
+    with ConfigReader(config, path) as reader:
+        return read(reader), reader.choice("dtype", FLOATING, default=None, aliases=("torch_dtype",))
 
 
 def read_layers(reader: ConfigReader, key: str, catalog: Catalog, stem: str, prefixes: tuple[str, ...]) -> int:

@@ -103,6 +103,7 @@ class RingLayer(ContiguousLayer):
         where = torch.remainder(index[first:], self.ring.size)
         self.keys.index_copy_(2, where, k[:, :, first:last])
         self.values.index_copy_(2, where, v[:, :, first:last])
+        self.pending = None
 
 
 class SlidingSlots(Slots):
@@ -168,7 +169,6 @@ class SlidingCache(ContiguousCache):
                 kept = index[-ring.size :]
                 ring.held.index_copy_(0, torch.remainder(kept, ring.size), kept)
                 ring.written = max(ring.written, self._length)
-        self._drop_pending()
         if count != reserved:
             self._forget(self._length)
 
@@ -188,9 +188,6 @@ class SlidingCache(ContiguousCache):
     def _forget(self, to: int) -> None:
         for ring in self.rings.values():
             ring.forget(to)
-        self._drop_pending()
-
-    def _drop_pending(self) -> None:
         for layer in self.layers:
             if isinstance(layer, RingLayer):
                 layer.pending = None
