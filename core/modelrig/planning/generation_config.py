@@ -1,8 +1,8 @@
 """What `generation_config.json` says of how to generate, each value with the file it comes from.
 
-Decoding stays greedy unless a call gives a temperature, so what is `RECOMMENDED` only recommends. The rest is the default of an option
-that a call leaves out: those in `SAMPLING` only if the call samples. Of config.json only `eos_token_id` counts, where the other file
-has none.
+Decoding stays greedy unless a call gives a temperature, so what is `RECOMMENDED` only recommends. The rest is the default of an
+option that a call leaves out: those in `SAMPLING` only if the call samples. Of config.json only `eos_token_id` counts, where the
+other file has none.
 """
 
 from __future__ import annotations
