@@ -650,6 +650,25 @@ class Cache(Protocol):
         """Forget everything; `padding` is that of the rows to come. What is allocated stays."""
         ...
 
+    def reorder(self, rows: Sequence[int]) -> None:
+        """Let row i go on as row `rows[i]` went, padding included. Raises `CacheError` (CA-ARGS) for rows there are not, and
+        (CA-STATE) within a step."""
+        ...
+
+    def fork(self, copies: int) -> Cache:
+        """A cache with `copies` of each row, side by side, that goes on from here; this one stays as it is."""
+        ...
+
+    def export(self) -> dict[str, Tensor]:
+        """What is held, as tensors that depend on nothing else of this cache: `adopt` makes a cache of the same kind, layers and
+        options go on from it, one of another capacity too if it has room."""
+        ...
+
+    def adopt(self, state: Mapping[str, Tensor]) -> None:
+        """Hold what `state` says instead. Raises `CacheError`: CA-STATE if it was not exported by such a cache, CA-FULL if there is
+        no room; nothing has changed then."""
+        ...
+
 
 class CacheMaker(Protocol):
     """Makes caches."""

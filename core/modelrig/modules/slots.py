@@ -4,6 +4,8 @@
 use. A cache may keep keys anywhere (a *slot*), as long as it can say which index each slot holds.
 
     visible(query, key)  =  start <= key.index <= query.index  and  query.index - key.index < window
+
+A lossy cache may hold a token twice, as it was and as it is packed: `seen_from` and `seen_until` then say which queries see which.
 """
 
 from __future__ import annotations
@@ -21,8 +23,8 @@ if TYPE_CHECKING:
 class Visibility(NamedTuple):
     """The symbolic mask of one step for one attention spec; each backend lowers it to what its kernel takes.
 
-    `past` is the number of keys before this step's as a host integer, or None when a compiled graph must not depend on it: then
-    key_index covers the whole buffer.
+    `past` is the number of keys before this step's as a host integer, or None when slots are no plain range up to this step's: a
+    compiled graph must not depend on it, then key_index covers the whole buffer; a ring has its tokens in another order.
     """
 
     query_index: Tensor  # int64 [count]
@@ -31,6 +33,8 @@ class Visibility(NamedTuple):
     window: int | None
     causal: bool
     past: int | None
+    seen_from: Tensor | None = None  # int64 [slots]: the first query index that sees the slot; None when that is the key's own
+    seen_until: Tensor | None = None  # int64 [slots]: the query index from which on the slot is not seen; None when all may
 
     def dense(self) -> Tensor:
         """The mask as bool [batch or 1, 1, count, slots], true where a query may look.
@@ -41,9 +45,14 @@ class Visibility(NamedTuple):
         seen = key <= query if self.causal else torch.ones_like(key <= query)
         if self.window is not None:
             seen = seen & (query - key < self.window)
+        own = key == query
+        if self.seen_from is not None:
+            seen, own = (mask & (query >= self.seen_from) for mask in (seen, own))
+        if self.seen_until is not None:
+            seen, own = (mask & (query < self.seen_until) for mask in (seen, own))
         if self.starts is None:
             return seen[None, None]
-        return ((seen[None] & (key[None] >= self.starts[:, None, None])) | (key == query)[None])[:, None]
+        return ((seen[None] & (key[None] >= self.starts[:, None, None])) | own[None])[:, None]
 
 
 class Slots:
