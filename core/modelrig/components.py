@@ -694,23 +694,112 @@ class CacheMaker(Protocol):
 # ------------------------------------------------------------------------------------------------ decoders
 
 
-class DecoderRun(Protocol):
-    """One generation call's decoder. The loop is: propose → step(1 + k tokens) → accept → commit."""
+class TokenMask(Protocol):
+    """Which tokens may come next in one row: a grammar, say. What `generate` takes as `constraint` makes one for each row."""
 
-    def propose(self, last: Tensor) -> Tensor | None:
-        """Draft ids [batch, k] to follow `last` [batch], or None for plain decoding (k = 0)."""
+    def fill(self, bits: Tensor) -> None:
+        """Set those bits of int32 [ceil(vocab / 32)], all zero before, whose tokens may come next: token t is bit t % 32 of number
+        t // 32."""
         ...
 
-    def accept(self, logits: Tensor, drafts: Tensor | None) -> Tensor:
-        """logits [batch, 1 + k, vocab], already processed → accepted ids [batch, 1 ... 1 + k]."""
+    def accept(self, token: int) -> None:
+        """`token`, which was allowed, has come."""
+        ...
+
+    def rollback(self, count: int) -> None:
+        """Forget the last `count` tokens."""
+        ...
+
+    @property
+    def is_over(self) -> bool:
+        """Nothing may follow, not even an end-of-text id: the row ends here."""
+        ...
+
+
+class Choosing(Protocol):
+    """How the options of a call choose tokens. `rows` are the rows that the logits are of; by default all, in order."""
+
+    def score(self, logits: Tensor) -> Tensor:
+        """[rows, vocab] → the log-probabilities, float32, that a search adds up: processed, with a temperature those drawn."""
+        ...
+
+    def choose(self, logits: Tensor, rows: Sequence[int] | None = None) -> Tensor:
+        """[rows, vocab] → ids int64 [rows], processed, drawn (without a temperature the most likely) and noted."""
+        ...
+
+    def top(self, scores: Tensor, count: int, width: int) -> tuple[Tensor, Tensor]:
+        """The `count` best of each `width` rows' scores together, [groups, width * vocab] → (scores, places) [groups, count]; with
+        a temperature drawn by them without repeats."""
+        ...
+
+    def observe(self, ids: Tensor, rows: Sequence[int] | None = None) -> None:
+        """Note the ids [rows] that were chosen; `choose` does so itself."""
+        ...
+
+    def reorder(self, rows: Sequence[int]) -> None:
+        """Let row i go on as row `rows[i]` went."""
+        ...
+
+    def is_over(self, row: int) -> bool:
+        """The row's constraint allows nothing more."""
+        ...
+
+
+@frozen(kw_only=True, eq=False)
+class DecoderCall:
+    """One generation call, for the decoder that is opened for it.
+
+    Attributes:
+        texts: the ids before the new ones, of each row to continue.
+        limit: new tokens at most.
+        returns: continuations wanted of each text.
+        ends: whether new ids, the last of them just chosen, end there: at an id or a text to stop at, or at the limit.
+        num_ends: how many ids end a text.
+        choosing: what turns logits into tokens, with the call's options.
+        padding: pad tokens on the left of each text, in the cache.
+        companions: the further models that the planner named, loaded (`modelrig.model.Model`).
+    """
+
+    texts: Sequence[Sequence[int]]
+    limit: int
+    returns: int
+    ends: Callable[[Sequence[int]], bool]
+    num_ends: int
+    choosing: Choosing
+    padding: Sequence[int]
+    companions: Mapping[str, Any] = Factory(dict)
+
+
+class DecoderRun(Protocol):
+    """One call's decoder. The loop is: propose → step(1 + k tokens) → accept → commit. A draft is accepted if it is what `choosing`
+    chooses there, so drafts change how fast tokens come, never which.
+
+    A decoder that searches has, instead of `propose` and `learn`, three members: `advance(logits)`, which takes the last logits
+    [rows, vocab] and returns the ids [rows] to go on with and the rows they continue (None: each its own); `is_over`; and
+    `finish()`, called then, the ids of `returns` continuations of each text, best first.
+    """
+
+    def propose(self, new: Sequence[Sequence[int] | None], room: int) -> Sequence[Sequence[int]] | None:
+        """Drafts, at most `room` ids of each row, to follow the `new` ids that the rows have so far (None for one that has ended);
+        None for a plain step."""
+        ...
+
+    def learn(self, drafted: int, gained: int) -> None:
+        """A step had up to `drafted` drafts, and brought every row `gained` tokens further than a plain one."""
         ...
 
 
 class DecoderMaker(Protocol):
-    """Opens a decoder for each generation call."""
+    """Opens a decoder for each generation call.
 
-    def open(self, batch: int, sampler: Any, options: Any) -> DecoderRun:
-        """`sampler(logits [batch, vocab]) -> ids [batch]` draws as the call's options say (argmax without a temperature)."""
+    It may have `copies(options)`, the rows in which each text is continued, where that is not one for each continuation wanted.
+    The planner of such a decoder has the same method, for the ledger. A planner may also have `companions(options)`: role →
+    reference of a model to plan and load beside; and `check_companions(facts, snapshot, companions)`: reasons against these plans,
+    beside the model with `facts` in `snapshot`.
+    """
+
+    def open(self, call: DecoderCall, options: Any) -> DecoderRun:
+        """Raises `GenerateError` (GN-ARGS) for what it cannot do."""
         ...
 
 
