@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -214,3 +215,33 @@ def test_rows_are_not_reordered_within_a_step(name: str) -> None:
 def test_a_fork_needs_a_number_of_copies(name: str, copies: Any) -> None:
     with pytest.raises(CacheError, match="CA-ARGS"):
         make(name).fork(copies)
+
+
+@pytest.mark.parametrize("name", CACHES)
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_nothing_forgotten_spoils_a_later_step(name: str, data: st.DataObject) -> None:
+    """A kernel that masks a slot multiplies it by zero: NaN and infinity in it would survive that."""
+    cache = make(name, batch=1)
+    for _ in range(data.draw(st.integers(1, 10))):
+        count = data.draw(st.integers(1, min(9, 40 - cache.length)))
+        is_kept = data.draw(st.booleans())
+        slots = cache.begin(count)
+        for layer, spec in zip(cache.layers, LAYERS, strict=True):
+            value = 1.0 if is_kept else data.draw(st.sampled_from([float("nan"), float("inf")]))
+            k, v = (torch.full((1, spec.num_key_value_heads, count, size), value) for size in (spec.head_dim, spec.value_dim))
+            seen = layer.update(k, v, slots)
+            if is_kept:
+                assert all(tensor.isfinite().all() for tensor in (*seen, layer.keys, layer.values))
+        before = cache.length
+        cache.commit(count if is_kept else data.draw(st.integers(0, count)))
+        if not is_kept and before < cache.length:
+            try:
+                cache.rewind(before)
+            except CacheError:
+                cache.reset()
+        elif cache.length == 40 or data.draw(st.booleans()):
+            with contextlib.suppress(CacheError):
+                cache.rewind(data.draw(st.integers(0, cache.length - 1)) if cache.length > 1 else 0)
+        if cache.length == 40:
+            cache.reset()

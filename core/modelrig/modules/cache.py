@@ -38,6 +38,13 @@ class ContiguousLayer:
             return self.keys, self.values
         return self.keys[:, :, : slots.end], self.values[:, :, : slots.end]
 
+    def scrub(self, length: int, end: int, touched: int) -> None:  # noqa: ARG002 - other layers ask for it
+        """Zero what a step from `length` to `end` leaves where it is, of tokens before `touched` that are forgotten: a kernel that
+        masks a slot multiplies it by zero, and NaN and infinity survive that."""
+        if end < touched:
+            self.keys[:, :, end:touched] = 0
+            self.values[:, :, end:touched] = 0
+
     def held(self, length: int) -> dict[str, Tensor]:
         """The buffers as far as a cache of `length` tokens uses them: views whose first axis are the rows."""
         return {"keys": self.keys[:, :, :length], "values": self.values[:, :, :length]}
@@ -99,7 +106,7 @@ class ContiguousCache:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise CacheError("CA-ARGS", f"must be a whole number of at least 1, not {value!r}", locus=name)
         self.batch, self.capacity, self.device = batch, capacity, device
-        self._length = 0
+        self._length = self._touched = 0  # tokens committed, and an end of those that slots may hold
         self._reserved: int | None = None
         self._index = torch.arange(capacity, device=device)
         self._slots: dict[int, Slots] = {}
@@ -126,6 +133,10 @@ class ContiguousCache:
                 hint="make the cache with a larger max_len, rewind it, or reset it",
             )
         self._reserve(end)
+        if self._length < self._touched:
+            for layer in self.layers:
+                layer.scrub(self._length, end, self._touched)
+        self._touched = end
         slots = self._slots.get(count)
         if slots is None:
             slots = self._slots[count] = self._new_slots(count)
@@ -192,7 +203,7 @@ class ContiguousCache:
                 options=self.options,
             )
             made._reserve(self._length)
-            made._length = self._length
+            made._length = made._touched = self._length
             made._follow(self)
             for layer, new in zip(self.layers, made.layers, strict=True):
                 held = layer.held(self._length)
@@ -221,7 +232,7 @@ class ContiguousCache:
         checked.finish()
         self._reserve(length)
         self._set_padding(padding)
-        self._length, self._reserved = length, None
+        self._length, self._touched, self._reserved = length, max(length, self._touched), None
         self._learn(checked)
         for number, layer in enumerate(self.layers):
             start = f"{number}."

@@ -40,21 +40,27 @@ class Ring:
     Attributes:
         held: int64 [size], the index that each slot holds.
         written: the highest index ever written and kept, and one: what is `size` or more before it is gone.
+        touched: the end of the tokens that slots may hold, forgotten ones too.
     """
 
     def __init__(self, window: int, size: int, capacity: int, device: torch.device) -> None:
         self.window, self.size, self.never_wraps = window, size, size >= capacity
         self.held = torch.full((size,), NOWHERE, device=device)
-        self.written = 0
+        self.written = self.touched = 0
         self.steps: dict[int, RingStep] = {}
+
+    def is_long(self, count: int) -> bool:
+        """Whether a step of so many tokens would overwrite what some of them see."""
+        return not self.never_wraps and count > self.size - self.window + 1
 
     def begin(self, past: int, index: Tensor) -> RingStep:
         count = index.shape[0]
-        is_long = not self.never_wraps and count > self.size - self.window + 1
+        is_long = self.is_long(count)
         step = self.steps.get(count)
         if step is None:
             step = self.steps[count] = RingStep(torch.zeros_like(index), self.held, is_long)
         torch.remainder(index, self.size, out=step.where)
+        self.touched = past if is_long else past + count  # the rest was scrubbed
         if is_long:
             step.key_index = torch.cat((self.held, index))
         else:
@@ -71,7 +77,7 @@ class Ring:
     def hold(self, written: int, length: int) -> None:
         """Say that it holds the tokens before `length` that are there still when so many were written."""
         self.forget(0)
-        self.written = written
+        self.written, self.touched = written, length
         index = torch.arange(self.first, length, device=self.held.device)
         self.held.index_copy_(0, torch.remainder(index, self.size), index)
 
@@ -106,6 +112,14 @@ class RingLayer(ContiguousLayer):
             return self.keys, self.values
         return self.keys[:, :, : slots.end], self.values[:, :, : slots.end]
 
+    def scrub(self, length: int, end: int, touched: int) -> None:  # noqa: ARG002 - the ring knows what it touched
+        start = length if self.ring.is_long(end - length) else end
+        if start < self.ring.touched:
+            index = torch.arange(max(start, self.ring.touched - self.ring.size), self.ring.touched, device=self.keys.device)
+            where = torch.remainder(index, self.ring.size)
+            self.keys.index_fill_(2, where, 0)
+            self.values.index_fill_(2, where, 0)
+
     def held(self, length: int) -> dict[str, Tensor]:  # noqa: ARG002 - a ring's slots are in another order
         used = min(self.ring.written, self.ring.size)
         return {"keys": self.keys[:, :, :used], "values": self.values[:, :, :used]}
@@ -126,6 +140,7 @@ class RingLayer(ContiguousLayer):
         where = torch.remainder(index, self.ring.size)
         for name, full in (("keys", self.keys), ("values", self.values)):
             found = exported[name]
+            full.zero_()
             full.index_copy_(2, where, found[:, :, found.shape[2] - len(index) :].to(full.device))
 
     def keep(self, index: Tensor) -> None:
@@ -191,7 +206,7 @@ class SlidingCache(ContiguousCache):
             if reserved is not None and ring.steps[reserved].is_long:
                 kept = index[-ring.size :]
                 ring.held.index_copy_(0, torch.remainder(kept, ring.size), kept)
-                ring.written = max(ring.written, self._length)
+                ring.written, ring.touched = max(ring.written, self._length), self._length
         if count != reserved:
             self._forget(self._length)
 
