@@ -438,6 +438,6 @@ CODES: dict[str, str] = {
     "SV-BUSY": "another save of the same folder is running",
     "CA-FULL": "no room in the cache",
     "CA-ARGS": "impossible size, count or batch",
-    "CA-STATE": "begin, commit, rewind or reset in the wrong order",
+    "CA-STATE": "calls in the wrong order, or a state that is not of such a cache",
     "CA-REWIND": "rewind beyond what the cache keeps",
 }
