@@ -95,7 +95,8 @@ class Component:
 
     `offers` and `needs` link kinds with an open vocabulary: a component fits beside another only if each token it `needs` of that
     kind stands in the other's `offers`. Tokens of ours: `fixed_address`, `rewind` (caches), `layout:bhsd` (caches: keys and
-    values as [batch, heads, slots, head_dim]), `fullgraph` (attention, caches, quantizers: traceable without a graph break).
+    values as [batch, heads, slots, head_dim]), `uniform` (caches: every query sees the keys before it alike, none held twice, and
+    their indices have no gap), `fullgraph` (attention, caches, quantizers: traceable without a graph break).
     """
 
     kind: ClassVar[str]
@@ -238,11 +239,13 @@ DESCRIPTORS: dict[str, type[Component]] = {
 
 
 class Planner(Protocol):
-    """The least a planner of a negotiated kind offers. Both attributes are optional.
+    """What a planner of a negotiated kind may offer; all of it is optional.
 
     `Options` is an attrs class: the keys a user may set with `--set <slot>.<key>=<value>`.
     `check(need, options)` returns reasons that capabilities as data cannot express; an empty iterable means it fits.
-    `need` is the kind's need (`modelrig.planning.needs`).
+    `settle(need, options)` returns the options as this model and machine will use them, once `check` found nothing: whatever
+    `auto` in them means here. `notes(need, options)` are remarks for the plan, if the component is chosen.
+    `need` is the kind's need (`modelrig.planning.needs`); `need.probe` tries out in a child process what only an import can tell.
     """
 
     Options: type[Any]
@@ -555,10 +558,8 @@ class TensorSpec:
 
 
 class QuantizerPlanner(Protocol):
-    """Two more methods are optional. `settle(need, options)` returns the options as this model and machine will use them, once
-    `check` found nothing: whatever `auto` in them means here. `copies(parameter, dtype, options)` is an estimate of the bytes
-    of a second copy that the kernel on CPU makes of a weight while generating.
-    """
+    """One more method is optional: `copies(parameter, dtype, options)` is an estimate of the bytes of a second copy that the kernel
+    on CPU makes of a weight while generating."""
 
     def outputs(self, parameter: Parameter, dtype: str, options: Any) -> tuple[TensorSpec, ...]:
         """What `parameter` becomes in memory when the model computes in `dtype`."""

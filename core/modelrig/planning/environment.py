@@ -54,6 +54,7 @@ class Environment:
     torch: str | None = None  # version
     torch_cuda: bool = False  # this build of torch can use GPUs
     packages: Mapping[str, str] = Factory(dict)
+    is_here: bool = False  # it is the machine this process runs on, so something may be tried out
 
     def available_bytes(self, device: str) -> int | None:
         """What is free on `device` (`"cpu"`, `"cuda:0"`) for this process; None if that is not known."""
@@ -91,6 +92,7 @@ def read_environment(environ: Mapping[str, str] | None = None, root: Path = Path
         torch=torch.version if torch else None,
         torch_cuda=torch is not None and has_gpu_support(torch),
         packages={name: found.version for name in PACKAGES if (found := _find(name))},
+        is_here=root == Path("/"),
     )
 
 

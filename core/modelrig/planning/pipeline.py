@@ -178,6 +178,9 @@ def make_situation(checkpoint: Checkpoint, request: Request, environment: Enviro
         context=context,
         batch=request.batch,
         cpu_flags=environment.cpu_flags,
+        gpus=environment.gpus,
+        driver=environment.driver,
+        is_here=environment.is_here,
         origins={"device": why_device, "dtype": why_dtype, "context": why_context, "batch": request.origin("batch")},
     )
 

@@ -12,8 +12,8 @@ def modelrig_attention() -> list[AttentionBackend]:
         AttentionBackend(
             name="sdpa",
             summary="torch's scaled_dot_product_attention",
-            planner=NOTHING_TO_PLAN,
-            implementation="modelrig_plugins.attention.sdpa:SdpaAttention",
+            planner="modelrig_plugins.attention.sdpa:SdpaPlanner",
+            implementation="modelrig_plugins.attention.sdpa_module:SdpaAttention",
             offers={"fullgraph"},
             needs={"caches": {"layout:bhsd"}},
             rank=10,
