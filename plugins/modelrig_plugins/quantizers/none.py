@@ -58,7 +58,7 @@ class NonePlanner:
             try:
                 _table(need, packs=kernel == "tuned_packed")
             except NotMeasuredError as error:
-                yield Reason("quantizer.kernel", str(error), f"measure it: {COMMAND}")
+                yield Reason("quantizer.kernel", f"{error}; measure with: {COMMAND}")
 
     @staticmethod
     def settle(need: QuantizerNeed, options: NoneOptions) -> NoneOptions:

@@ -115,7 +115,7 @@ def test_without_measurements_the_reason_names_the_command_that_makes_them(folde
     assert "PN-REFUSED" == caught.value.code
     (reason,) = caught.value.refused["quantizers"]["none"]
     assert "quantizer.kernel" == reason.code
-    assert "modelrig bench --tune" in str(reason.hint)
+    assert "modelrig bench --tune" in reason.text
 
 
 def test_a_broken_file_is_nothing_to_those_who_do_not_ask_for_it(folder: Path) -> None:
