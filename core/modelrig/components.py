@@ -499,6 +499,7 @@ class ModelFacts:
     context_length: int  # longest sequence the config was made for
     dtype: str | None  # what config.json asks for
     generates: bool = True  # False for an encoder, which has neither cache nor decoder
+    experts_per_token: int = 0  # of each stack of experts; 0 where there is none
     token_types: int = 0  # kinds of tokens that inputs tell apart (`token_type_ids`)
     position_limit: int | None = None  # no sequence can be longer, since positions are rows of a table
     ignored: tuple[str, ...] = ()  # stored tensors the module does not use, on purpose (e.g. rotary inv_freq)
@@ -569,7 +570,11 @@ class QuantizerPlanner(Protocol):
 class LinearMaker(Protocol):
     """Created once per model: `implementation(options)`.
 
-    `vector` says in which shape it wants a single token: [in] rather than [1, in].
+    `vector` says in which shape it wants a single token: [in] rather than [1, in]. Two things are optional. Kernels may have an
+    attribute `name_at(rows)`, what multiplies so many rows, for `Model.kernels` (`modelrig.modules.linear.named`). A static method
+    `tune(shapes, dtype, progress)` measures kernels for weights [out, in] of these shapes, telling `progress` a line for each, and
+    returns {weight: {rows: {kernel: seconds}}}: `modelrig bench --tune` keeps it for this machine, under the component's full id,
+    and the planner finds it again (`modelrig.planning.measured`).
     """
 
     vector: bool

@@ -54,7 +54,7 @@ def _rig(plan: RigPlan) -> Iterator[str]:
     for kind in (kind for kind in KINDS if kind in plan.choices):
         choice = plan.choices[kind]
         options = plain_options(choice.options) or {}
-        set_to = f" ({', '.join(f'{key}={_plain(value)}' for key, value in options.items())})" if options else ""
+        set_to = f" ({', '.join(f'{key}={_shortened(_plain(value))}' for key, value in options.items())})" if options else ""
         rows.append((SINGULAR[kind], choice.component + set_to, choice.why))
         sampling = plan.decoder_when_sampling
         if kind == "decoders" and sampling is not None and sampling.id != choice.id:

@@ -70,6 +70,8 @@ class QuantizerNeed(Need):
     scheme: str
     shapes: frozenset[tuple[int, ...]]  # the distinct shapes of linear weights [out, in]
     cpu_flags: frozenset[str] = frozenset()  # as /proc/cpuinfo names them; what kernels are fast here
+    multiplied: frozenset[tuple[int, int]] = frozenset()  # like `shapes`, with the head and single experts
+    machine: str = ""  # under which name `modelrig.planning.measured` keeps what was measured of its kernels
     streamed: bool = False  # weights do not stay where they are computed with, so kernels can keep no form of their own
 
 
@@ -96,6 +98,7 @@ class Situation:
     batch: int
     origins: Mapping[str, str]  # of device, dtype, context and batch
     cpu_flags: frozenset[str] = frozenset()
+    machine: str = ""  # its name in `modelrig.planning.measured`
     streamed: bool = False  # some weights are not on the device that runs
     gpus: tuple[Gpu, ...] = ()
     driver: str | None = None
@@ -140,8 +143,16 @@ def quantizer_need(at: Situation) -> QuantizerNeed:
         scheme=at.scheme,
         shapes=frozenset(shapes),
         cpu_flags=at.cpu_flags,
+        multiplied=multiplied_shapes(at.facts),
+        machine=at.machine,
         streamed=at.streamed,
     )
+
+
+def multiplied_shapes(facts: ModelFacts) -> frozenset[tuple[int, int]]:
+    """The distinct [out, in] of everything that kernels of the linear slot multiply; of stacked experts that of one."""
+    wanted = (one.shape[-2:] for one in facts.parameters if one.role in ("linear", "head", "experts") and len(one.shape) > 1)
+    return frozenset((rows, columns) for rows, columns in wanted)
 
 
 def decoder_need(at: Situation, samples: bool = False) -> DecoderNeed:
