@@ -165,7 +165,6 @@ def test_only_what_was_asked_for_by_name_and_may_run_here_is_tried_out(
 ) -> None:
     calls: list[Probe] = []
     monkeypatch.setattr("modelrig.planning.candidates.find", lambda probe: (calls.append(probe), Finding({}))[1])
-    monkeypatch.setitem(sys.modules, __name__, sys.modules[__name__])
     with temporary(Plugin(), "local"):
         plan = make_plan(llama_folder, attention=wish, environment=machine(is_here=is_here))
     assert (asked > 0) == bool(calls)
@@ -177,7 +176,6 @@ def test_only_what_was_asked_for_by_name_and_may_run_here_is_tried_out(
 
 def test_what_a_trial_says_is_a_reason(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("modelrig.planning.candidates.find", lambda probe: Finding(None, "crashed"))
-    monkeypatch.setitem(sys.modules, __name__, sys.modules[__name__])
     with temporary(Plugin(), "local"):
         plan = make_plan(llama_folder, attention=["curious", "sdpa"], environment=machine(is_here=True))
     assert "sdpa" == plan.choices["attention"].component

@@ -20,6 +20,10 @@ def kernel_of(name: str, options: dict[str, Any]) -> Any:
         from modelrig_plugins.attention.sdpa_module import SdpaAttention
 
         return SdpaAttention(SdpaOptions(**options))
+    if name == "flash_attention_2":
+        from modelrig_plugins.attention.flash_attention_2_module import FlashAttention2
+
+        return FlashAttention2()
     raise ValueError(f"there is no trial for {name!r}")
 
 

@@ -16,9 +16,10 @@ from modelrig.errors import PlanError, PluginError, RequestError
 from modelrig.modules.slots import Visibility
 from modelrig.planning.needs import attention_need
 from modelrig.planning.pipeline import make_plan
-from modelrig.planning.probes import Finding
+from modelrig.planning.probes import Finding, run
 from modelrig_plugins.attention import sdpa_module
 from modelrig_plugins.attention.eager import EagerAttention
+from modelrig_plugins.attention.probing import attention_probe
 from modelrig_plugins.attention.sdpa import SdpaOptions, SdpaPlanner
 from modelrig_plugins.attention.sdpa_module import Lowered, SdpaAttention
 from rigs import gpu, machine, situation
@@ -171,3 +172,14 @@ def test_math_alone_generates_what_flash_does(llama_folder: Path) -> None:
         found = model.generate([[5, 6, 7], [8, 9]], max_new_tokens=8, ignore_eos=True)
         tokens.append([one.tokens for one in found])
     assert tokens[0] == tokens[1]
+
+
+def test_the_trial_itself_runs_in_a_child_process() -> None:
+    layers = (AttentionSpec(4, 2, 16, 16, 0.3, window=8), AttentionSpec(4, 2, 12, 20, 0.3))
+    need = attention_need(situation(*layers))
+    tried = run(attention_probe("sdpa", need, {"kernels": ["flash"]}, packages=("torch",)))
+    assert tried.found is not None
+    assert (None, {"flash"}) == (tried.found["error"], set(tried.found["kernels"].values()))
+    assert torch.__version__ == tried.found["versions"]["torch"]
+    failed = run(attention_probe("sdpa", need, {"kernels": ["efficient"]}, packages=("torch",)))
+    assert "PL-KERNEL" in (failed.found or {})["error"]
