@@ -17,7 +17,7 @@ from modelrig_plugins.quantizers.none_module import IN_PLACE, Kernel
 ROWS = (1, 2, 4, 8, 16, 64, 512)
 POOL_BYTES = 192 << 20  # weights are taken in turn from a pool larger than most caches, as decoding does
 SECONDS = 0.4  # for one shape and number of rows, all kernels together
-ROUNDS = range(3, 9)  # fewest and most
+ROUNDS = range(3, 25)  # fewest and most
 
 
 def measure(shapes: Iterable[tuple[int, int]], dtype: str, progress: Callable[[str], None]) -> Measured:
