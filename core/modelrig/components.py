@@ -189,6 +189,7 @@ class CacheCapabilities:
     dtypes: frozenset[str] = field(converter=_names)
     layers: frozenset[str] = field(converter=_names)  # layer kinds it can hold: full, sliding
     batched: bool = True
+    lossy: bool = False  # gives back other numbers than it was given; then `auto` never takes it
 
 
 @frozen(kw_only=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 from attrs import evolve, frozen
 
-from modelrig.components import SLOTS, Quantizer, Reason
+from modelrig.components import SLOTS, Component, Quantizer, Reason
 from modelrig.errors import PluginError, RequestError, quoted
 from modelrig.planning.needs import NEEDS, PLAIN, Need, Situation
 from modelrig.planning.options import OptionsError, structure
@@ -102,7 +102,7 @@ def gather(slot: str, situation: Situation, request: Request, registry: Registry
         is_wanted = one.id in places or one.id in preferred
         if one.state == "active":
             reasons += [*unary_reasons(one.descriptor, need), *unknown_links(one.descriptor)]
-            if not is_wanted and isinstance(one.descriptor, Quantizer) and _is_lossier(one.descriptor, situation.scheme):
+            if not is_wanted and _is_lossier(one.descriptor, situation.scheme):
                 reasons.append(Reason("auto.lossy", "auto never makes a model lossier", f"ask for it: {slot}={one.name!r}"))
         candidates.append(
             Candidate(
@@ -164,9 +164,11 @@ def _state_reasons(one: Registered) -> Iterator[Reason]:
         yield Reason(f"plugin.{one.state}", f"{one.state}: {one.reason}", one.descriptor.install)
 
 
-def _is_lossier(quantizer: Quantizer, scheme: str) -> bool:
+def _is_lossier(descriptor: Component, scheme: str) -> bool:
     """Whether it would lose something the checkpoint still has. Reading what is quantised already loses nothing more."""
-    capabilities = quantizer.capabilities
+    capabilities = getattr(descriptor, "capabilities", None)
+    if not isinstance(descriptor, Quantizer):
+        return getattr(capabilities, "lossy", False)
     return not getattr(capabilities, "lossless", False) and not (scheme != PLAIN and scheme in getattr(capabilities, "reads", ()))
 
 

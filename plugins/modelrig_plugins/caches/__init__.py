@@ -1,5 +1,7 @@
 """Key/value caches."""
 
+from attrs import evolve
+
 from modelrig.components import FLOATING, CacheCapabilities, CacheImplementation
 from modelrig.hookspecs import hookimpl
 
@@ -37,5 +39,14 @@ def modelrig_caches() -> list[CacheImplementation]:
             offers={"layout:bhsd", "uniform", "fullgraph", "fixed_address"},
             rank=30,
             capabilities=_CAPABILITIES,
+        ),
+        CacheImplementation(
+            name="quantized",
+            summary="the newest tokens as they are, the others packed to 8 or 4 bits a number",
+            planner="modelrig_plugins.caches.quantized:QuantizedPlanner",
+            implementation="modelrig_plugins.caches.quantized_module:QuantizedCache",
+            offers={"layout:bhsd"},
+            rank=60,
+            capabilities=evolve(_CAPABILITIES, lossy=True),
         ),
     ]

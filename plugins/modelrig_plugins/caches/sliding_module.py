@@ -169,6 +169,7 @@ class SlidingSlots(Slots):
 
 
 class SlidingCache(ContiguousCache):
+    slots_class: type[SlidingSlots] = SlidingSlots
     rings: dict[int, Ring]
 
     def make_layers(self) -> Sequence[ContiguousLayer]:
@@ -238,8 +239,9 @@ class SlidingCache(ContiguousCache):
             ring.hold(self._length if first == 0 else first + ring.size, self._length)
 
     def _kept(self, state: CacheState, window: int) -> list[int]:
-        """The tokens in each tensor of the layers of one window."""
-        numbers = [number for number, spec in enumerate(self.specs) if spec.window == window]
+        """The tokens in each tensor of the layers of one ring."""
+        ring = self.rings[window]
+        numbers = [number for number, layer in enumerate(self.layers) if isinstance(layer, RingLayer) and layer.ring is ring]
         return [state.tensors[f"{number}.{name}"].shape[2] for number in numbers for name in ("keys", "values")]
 
     def _forget(self, to: int) -> None:
@@ -251,7 +253,7 @@ class SlidingCache(ContiguousCache):
 
     def _new_slots(self, count: int) -> Slots:
         plain = super()._new_slots(count)
-        return SlidingSlots(
+        return self.slots_class(
             index=plain.index,
             positions=plain.positions,
             key_index=plain.key_index,
