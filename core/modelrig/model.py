@@ -116,7 +116,7 @@ class Model:
         self._parts = dict(assembled.parts)
         self._recipe: Recipe | None = None
         self._dtype, self._device = getattr(torch, plan.dtype), torch.device(plan.device)
-        self._step: Callable[..., Tensor] | None = self._parts["compilers"].compile(module.step, plan.choices["compilers"].options)
+        self._step: Callable[..., Tensor] | None = self._parts["compilers"].compile(module, plan.choices["compilers"].options)
         self._pool = CachePool(plan, self.new_cache)
 
     # ------------------------------------------------------------------------------------------ parts

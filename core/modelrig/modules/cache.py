@@ -37,6 +37,10 @@ class ContiguousLayer:
             return self.keys, self.values
         return self.keys[:, :, : slots.end], self.values[:, :, : slots.end]
 
+    def place(self, slots: Slots) -> tuple[Tensor, Tensor] | None:
+        """See `modelrig.components.LayerCache`."""
+        return slots.index, slots.key_index[: slots.end]
+
 
 class ContiguousCache:
     """Implements the `Cache` protocol's bookkeeping over `ContiguousLayer`s."""

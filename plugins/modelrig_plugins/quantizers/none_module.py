@@ -57,6 +57,8 @@ def _mv(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
 class PackedLinear:
     """`F.linear` until its turn comes; from then on oneDNN's kernel on a packed copy of the weight, bit for bit the same."""
 
+    traced = ("weight", "bias")  # what a graph of it depends on
+
     def __init__(self, weight: Tensor, bias: Tensor | None, model: DenseLinear, number: int) -> None:
         self.weight, self.bias, self.model, self.number = weight, bias, model, number
         self.packed: Tensor | None = None
