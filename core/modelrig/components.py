@@ -614,7 +614,12 @@ class CachePlanner(Protocol):
 
 
 class LayerCache(Protocol):
-    """Keys and values of one layer."""
+    """Keys and values of one layer.
+
+    Those of a cache that offers `fixed_address` also have `keys` and `values`, buffers [batch, kv_heads, slots, dim], and
+    `place(slots)`: what `update` does with them in this step, as (int64 [count], the slots it writes; int64 [n], the index that
+    each of the first n slots then holds, which are what it returns), or None if it does otherwise.
+    """
 
     def update(self, k: Tensor, v: Tensor, slots: Slots) -> tuple[Tensor, Tensor]:
         """Store k, v [batch, kv_heads, count, dim] of this step; returns what the step's queries may attend to, these included."""
@@ -816,6 +821,10 @@ class DecoderMaker(Protocol):
 class StepCompiler(Protocol):
     """Compiles what every token passes through."""
 
-    def compile(self, step: Callable[..., Any], options: Any) -> Callable[..., Any]:
-        """A callable that does what `step(ids, slots, last_only)` does, or with an encoder's further argument."""
+    def compile(self, module: nn.Module, options: Any) -> Callable[..., Any]:
+        """A callable that does what `module.step(ids, slots, last_only)` does, or with an encoder's further argument.
+
+        A module whose blocks can be compiled one by one has a `modelrig.modules.network.Blocks`. Where only steps of some widths
+        are compiled, the callable says which in `widths`, in rising order: a step of fewer tokens is best padded to the next.
+        """
         ...

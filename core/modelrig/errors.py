@@ -430,6 +430,8 @@ CODES: dict[str, str] = {
     "LD-TIE": "a tensor that the module shares under several names is stored with different values",
     "LD-STREAM": "weights that are streamed cannot be used in this way",
     "LD-CLOSED": "the model was closed",
+    "LD-COMPILE": "the step cannot be compiled",
+    "LD-STORE": "compiled code lies where others than its user may write",
     "SV-ARGS": "an argument of a save that cannot be used",
     "SV-TARGET": "a folder a save must not or cannot replace",
     "SV-TENSOR": "tensors that cannot be read: found before anything is written",

@@ -120,7 +120,7 @@ class Model:
         self.companions: Mapping[str, Model] = companions or {}
         self._makers: dict[str, DecoderMaker] = {}
         self._dtype, self._device = getattr(torch, plan.dtype), torch.device(plan.device)
-        self._step: Callable[..., Tensor] | None = self._parts["compilers"].compile(module.step, plan.choices["compilers"].options)
+        self._step: Callable[..., Tensor] | None = self._parts["compilers"].compile(module, plan.choices["compilers"].options)
         self._pool = CachePool(plan, self.new_cache)
 
     # ------------------------------------------------------------------------------------------ parts

@@ -85,6 +85,9 @@ class DecoderNeed(Need):
 class CompilerNeed(Need):
     """For whatever compiles the step."""
 
+    generates: bool = True
+    streamed: bool = False  # weights do not stay where they are computed with
+
 
 @frozen(kw_only=True)
 class Situation:
@@ -161,7 +164,8 @@ def decoder_need(at: Situation, samples: bool = False) -> DecoderNeed:
 
 
 def compiler_need(at: Situation) -> CompilerNeed:
-    return CompilerNeed(**_common(at, {}))
+    origins = {"generates": "config.json", "streamed": at.origins.get("device", "the device map")}
+    return CompilerNeed(**_common(at, origins), generates=at.facts.generates, streamed=at.streamed)
 
 
 #: kind → how its need is derived

@@ -143,6 +143,13 @@ class RingLayer(ContiguousLayer):
             full.zero_()
             full.index_copy_(2, where, found[:, :, found.shape[2] - len(index) :].to(full.device))
 
+    def place(self, slots: Slots) -> tuple[Tensor, Tensor] | None:
+        assert isinstance(slots, SlidingSlots)
+        step = slots.rings[self.ring.window]
+        if step.is_long:
+            return None
+        return step.where, slots.key_index[: slots.end] if step.is_contiguous else step.key_index
+
     def keep(self, index: Tensor) -> None:
         """Write those of the pending keys and values whose `index` is given: the last of the first ones."""
         if self.pending is None:

@@ -134,6 +134,8 @@ def by_rows(weight: Tensor, bias: Tensor | None, kernels: Mapping[str, Kernel], 
 class Packed:
     """`F.linear` until its turn comes; from then on oneDNN's kernel on a packed copy of the weight, bit for bit the same."""
 
+    traced = ("weight", "bias")  # what a graph of it depends on
+
     def __init__(self, weight: Tensor, bias: Tensor | None, model: DenseLinear, number: int, *, keeps_pages: bool) -> None:
         self.weight, self.bias, self.model, self.number = weight, bias, model, number
         self.keeps_pages = keeps_pages  # of the weight: other kernels read it
