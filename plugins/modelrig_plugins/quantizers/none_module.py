@@ -82,9 +82,9 @@ def mv(weight: Tensor, bias: Tensor | None) -> Kernel:
     """Of a single row, [1, in] or [in]."""
 
     def multiply(x: Tensor) -> Tensor:
-        if x.dim() > 1:
-            return multiply(x[0]).unsqueeze(0)
-        return torch.mv(weight, x) if bias is None else torch.addmv(bias, weight, x)
+        row = x.view(-1)
+        y = torch.mv(weight, row) if bias is None else torch.addmv(bias, weight, row)
+        return y.view(x.shape[:-1] + y.shape)
 
     return multiply
 
@@ -116,12 +116,15 @@ def by_rows(weight: Tensor, bias: Tensor | None, kernels: Mapping[str, Kernel], 
     of_class = tuple(kernels[name] for name in names)
     one, last, is_mv = of_class[0], len(names) - 1, names[0] == "mv"
 
-    def multiply(x: Tensor) -> Tensor:  # x: [rows, in] or [in]
-        if x.dim() == 1:
-            return one(x) if is_mv else multiply(x.unsqueeze(0)).squeeze(0)
+    def matrix(x: Tensor) -> Tensor:  # x: [rows, in]
         if torch.compiler.is_compiling():
             return F.linear(x, weight, bias)
         return of_class[min(x.shape[0].bit_length() - 1, last)](x)
+
+    def multiply(x: Tensor) -> Tensor:  # x: [rows, in] or [in]
+        if x.dim() > 1:
+            return matrix(x)
+        return one(x) if is_mv else matrix(x.unsqueeze(0)).squeeze(0)
 
     def name_at(rows: int) -> str:
         place = min(rows.bit_length() - 1, last)
