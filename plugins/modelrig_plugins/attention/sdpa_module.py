@@ -56,6 +56,7 @@ class SdpaAttention:
     def __init__(self, options: SdpaOptions | None = None) -> None:
         self.kernels: tuple[str, ...] = (options or SdpaOptions()).kernels
         self.backends = [BACKENDS[name] for name in self.kernels]
+        self.taken: dict[Form, str] = {}  # the kernels that were found out
         self._ways: dict[Form, Way] = {}
         self._open: set[Form] = set()  # that have to be looked at
         self._by_form = False  # each call asks for its way: it may not be the one that is expected
@@ -127,7 +128,9 @@ class SdpaAttention:
         for repeats in (False, True):
             keys, values = _repeated(k, v, spec) if repeats else (k, v)
             for is_restricted in (False, True):
-                if self._choice(q, keys, values, mask, spec, is_restricted, grouped and not repeats) in self.kernels:
+                kernel = self._choice(q, keys, values, mask, spec, is_restricted, grouped and not repeats)
+                if kernel in self.kernels:
+                    self.taken[spec, mask.mask is None, mask.is_causal] = kernel
                     return Way(is_restricted, repeats)
         shapes = ", ".join(f"{name} {list(x.shape)}" for name, x in (("q", q), ("k", k), ("v", v)))
         there = [name for name in KERNELS_OF.get(q.device.type, ()) if name not in self.kernels]
