@@ -15,13 +15,13 @@ CORPUS = [
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
-def byte_level() -> tokenizers.Tokenizer:
+def byte_level(corpus: list[str] = CORPUS) -> tokenizers.Tokenizer:
     """GPT-2's family: a trained byte-level BPE with special tokens and one added token that is not special."""
     made = tokenizers.Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=330, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    made.train_from_iterator(CORPUS, trainer)
+    made.train_from_iterator(corpus, trainer)
     made.add_tokens(["<tool call>", "漢x"])
     made.post_processor = processors.TemplateProcessing(single="<|endoftext|> $A", special_tokens=[(SPECIAL[0], 0)])
     return made

@@ -95,7 +95,8 @@ class Component:
 
     `offers` and `needs` link kinds with an open vocabulary: a component fits beside another only if each token it `needs` of that
     kind stands in the other's `offers`. Tokens of ours: `fixed_address`, `rewind` (caches), `layout:bhsd` (caches: keys and
-    values as [batch, heads, slots, head_dim]), `fullgraph` (attention, caches, quantizers: traceable without a graph break).
+    values as [batch, heads, slots, head_dim]), `uniform` (caches: every query sees the keys before it alike, none held twice, and
+    their indices have no gap), `fullgraph` (attention, caches, quantizers: traceable without a graph break).
     """
 
     kind: ClassVar[str]
@@ -188,6 +189,7 @@ class CacheCapabilities:
     dtypes: frozenset[str] = field(converter=_names)
     layers: frozenset[str] = field(converter=_names)  # layer kinds it can hold: full, sliding
     batched: bool = True
+    lossy: bool = False  # gives back other numbers than it was given; then `auto` never takes it
 
 
 @frozen(kw_only=True)
@@ -238,11 +240,13 @@ DESCRIPTORS: dict[str, type[Component]] = {
 
 
 class Planner(Protocol):
-    """The least a planner of a negotiated kind offers. Both attributes are optional.
+    """What a planner of a negotiated kind may offer; all of it is optional.
 
     `Options` is an attrs class: the keys a user may set with `--set <slot>.<key>=<value>`.
     `check(need, options)` returns reasons that capabilities as data cannot express; an empty iterable means it fits.
-    `need` is the kind's need (`modelrig.planning.needs`).
+    `settle(need, options)` returns the options as this model and machine will use them, once `check` found nothing: whatever
+    `auto` in them means here. `notes(need, options)` are remarks for the plan, if the component is chosen.
+    `need` is the kind's need (`modelrig.planning.needs`); `need.probe` tries out in a child process what only an import can tell.
     """
 
     Options: type[Any]
@@ -496,6 +500,7 @@ class ModelFacts:
     context_length: int  # longest sequence the config was made for
     dtype: str | None  # what config.json asks for
     generates: bool = True  # False for an encoder, which has neither cache nor decoder
+    experts_per_token: int = 0  # of each stack of experts; 0 where there is none
     token_types: int = 0  # kinds of tokens that inputs tell apart (`token_type_ids`)
     position_limit: int | None = None  # no sequence can be longer, since positions are rows of a table
     ignored: tuple[str, ...] = ()  # stored tensors the module does not use, on purpose (e.g. rotary inv_freq)
@@ -555,10 +560,8 @@ class TensorSpec:
 
 
 class QuantizerPlanner(Protocol):
-    """Two more methods are optional. `settle(need, options)` returns the options as this model and machine will use them, once
-    `check` found nothing: whatever `auto` in them means here. `copies(parameter, dtype, options)` is an estimate of the bytes
-    of a second copy that the kernel on CPU makes of a weight while generating.
-    """
+    """One more method is optional: `copies(parameter, dtype, options)` is an estimate of the bytes of a second copy that the kernel
+    on CPU makes of a weight while generating."""
 
     def outputs(self, parameter: Parameter, dtype: str, options: Any) -> tuple[TensorSpec, ...]:
         """What `parameter` becomes in memory when the model computes in `dtype`."""
@@ -568,7 +571,11 @@ class QuantizerPlanner(Protocol):
 class LinearMaker(Protocol):
     """Created once per model: `implementation(options)`.
 
-    `vector` says in which shape it wants a single token: [in] rather than [1, in].
+    `vector` says in which shape it wants a single token: [in] rather than [1, in]. Two things are optional. Kernels may have an
+    attribute `name_at(rows)`, what multiplies so many rows, for `Model.kernels` (`modelrig.modules.linear.named`). A static method
+    `tune(shapes, dtype, progress)` measures kernels for weights [out, in] of these shapes, telling `progress` a line for each, and
+    returns {weight: {rows: {kernel: seconds}}}: `modelrig bench --tune` keeps it for this machine, under the component's full id,
+    and the planner finds it again (`modelrig.planning.measured`).
     """
 
     vector: bool
@@ -699,23 +706,112 @@ class CacheMaker(Protocol):
 # ------------------------------------------------------------------------------------------------ decoders
 
 
-class DecoderRun(Protocol):
-    """One generation call's decoder. The loop is: propose → step(1 + k tokens) → accept → commit."""
+class TokenMask(Protocol):
+    """Which tokens may come next in one row: a grammar, say. What `generate` takes as `constraint` makes one for each row."""
 
-    def propose(self, last: Tensor) -> Tensor | None:
-        """Draft ids [batch, k] to follow `last` [batch], or None for plain decoding (k = 0)."""
+    def fill(self, bits: Tensor) -> None:
+        """Set those bits of int32 [ceil(vocab / 32)], all zero before, whose tokens may come next: token t is bit t % 32 of number
+        t // 32."""
         ...
 
-    def accept(self, logits: Tensor, drafts: Tensor | None) -> Tensor:
-        """logits [batch, 1 + k, vocab], already processed → accepted ids [batch, 1 ... 1 + k]."""
+    def accept(self, token: int) -> None:
+        """`token`, which was allowed, has come."""
+        ...
+
+    def rollback(self, count: int) -> None:
+        """Forget the last `count` tokens."""
+        ...
+
+    @property
+    def is_over(self) -> bool:
+        """Nothing may follow, not even an end-of-text id: the row ends here."""
+        ...
+
+
+class Choosing(Protocol):
+    """How the options of a call choose tokens. `rows` are the rows that the logits are of; by default all, in order."""
+
+    def score(self, logits: Tensor) -> Tensor:
+        """[rows, vocab] → the log-probabilities, float32, that a search adds up: processed, with a temperature those drawn."""
+        ...
+
+    def choose(self, logits: Tensor, rows: Sequence[int] | None = None) -> Tensor:
+        """[rows, vocab] → ids int64 [rows], processed, drawn (without a temperature the most likely) and noted."""
+        ...
+
+    def top(self, scores: Tensor, count: int, width: int) -> tuple[Tensor, Tensor]:
+        """The `count` best of each `width` rows' scores together, [groups, width * vocab] → (scores, places) [groups, count]; with
+        a temperature drawn by them without repeats."""
+        ...
+
+    def observe(self, ids: Tensor, rows: Sequence[int] | None = None) -> None:
+        """Note the ids [rows] that were chosen; `choose` does so itself."""
+        ...
+
+    def reorder(self, rows: Sequence[int]) -> None:
+        """Let row i go on as row `rows[i]` went."""
+        ...
+
+    def is_over(self, row: int) -> bool:
+        """The row's constraint allows nothing more."""
+        ...
+
+
+@frozen(kw_only=True, eq=False)
+class DecoderCall:
+    """One generation call, for the decoder that is opened for it.
+
+    Attributes:
+        texts: the ids before the new ones, of each row to continue.
+        limit: new tokens at most.
+        returns: continuations wanted of each text.
+        ends: whether new ids, the last of them just chosen, end there: at an id or a text to stop at, or at the limit.
+        num_ends: how many ids end a text.
+        choosing: what turns logits into tokens, with the call's options.
+        padding: pad tokens on the left of each text, in the cache.
+        companions: the further models that the planner named, loaded (`modelrig.model.Model`).
+    """
+
+    texts: Sequence[Sequence[int]]
+    limit: int
+    returns: int
+    ends: Callable[[Sequence[int]], bool]
+    num_ends: int
+    choosing: Choosing
+    padding: Sequence[int]
+    companions: Mapping[str, Any] = Factory(dict)
+
+
+class DecoderRun(Protocol):
+    """One call's decoder. The loop is: propose → step(1 + k tokens) → accept → commit. A draft is accepted if it is what `choosing`
+    chooses there, so drafts change how fast tokens come, never which.
+
+    A decoder that searches has, instead of `propose` and `learn`, three members: `advance(logits)`, which takes the last logits
+    [rows, vocab] and returns the ids [rows] to go on with and the rows they continue (None: each its own); `is_over`; and
+    `finish()`, called then, the ids of `returns` continuations of each text, best first.
+    """
+
+    def propose(self, new: Sequence[Sequence[int] | None], room: int) -> Sequence[Sequence[int]] | None:
+        """Drafts, at most `room` ids of each row, to follow the `new` ids that the rows have so far (None for one that has ended);
+        None for a plain step."""
+        ...
+
+    def learn(self, drafted: int, gained: int) -> None:
+        """A step had up to `drafted` drafts, and brought every row `gained` tokens further than a plain one."""
         ...
 
 
 class DecoderMaker(Protocol):
-    """Opens a decoder for each generation call."""
+    """Opens a decoder for each generation call.
 
-    def open(self, batch: int, sampler: Any, options: Any) -> DecoderRun:
-        """`sampler(logits [batch, vocab]) -> ids [batch]` draws as the call's options say (argmax without a temperature)."""
+    It may have `copies(options)`, the rows in which each text is continued, where that is not one for each continuation wanted.
+    The planner of such a decoder has the same method, for the ledger. A planner may also have `companions(options)`: role →
+    reference of a model to plan and load beside; and `check_companions(facts, snapshot, companions)`: reasons against these plans,
+    beside the model with `facts` in `snapshot`.
+    """
+
+    def open(self, call: DecoderCall, options: Any) -> DecoderRun:
+        """Raises `GenerateError` (GN-ARGS) for what it cannot do."""
         ...
 
 

@@ -421,6 +421,7 @@ CODES: dict[str, str] = {
     "PL-DISABLED": "a plugin or component that was asked for was disabled",
     "PL-CONFLICT": "two distributions use the same plugin name",
     "PL-CONTRACT": "a component did not do what its kind's protocol asks",
+    "PL-KERNEL": "none of the kernels that a component may use can compute this",
     # loading, saving and caches
     "LD-TENSORS": "tensors missing, unexpected or misshapen",
     "LD-DTYPE": "a stored dtype that cannot fill the parameter",
@@ -440,6 +441,6 @@ CODES: dict[str, str] = {
     "SV-BUSY": "another save of the same folder is running",
     "CA-FULL": "no room in the cache",
     "CA-ARGS": "impossible size, count or batch",
-    "CA-STATE": "begin, commit, rewind or reset in the wrong order",
+    "CA-STATE": "calls in the wrong order, or a state that is not of such a cache",
     "CA-REWIND": "rewind beyond what the cache keeps",
 }

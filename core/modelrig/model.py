@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modelrig.checkpoint.folder import again_if_exchanged
-from modelrig.components import Decoder
 from modelrig.errors import CacheError, GenerateError, LoadError
 from modelrig.loading.frames import forgets_frames
 from modelrig.planning.identify import check_reference, possible_folder
@@ -29,15 +28,15 @@ if TYPE_CHECKING:
 
     from modelrig.assembly import Assembled
     from modelrig.checkpoint.saving.protocol import SaveReport
-    from modelrig.components import Cache
+    from modelrig.components import Cache, DecoderMaker
     from modelrig.encoding.batch import Batch
     from modelrig.encoding.encoder import Encoded
     from modelrig.encoding.recipe import Recipe
-    from modelrig.generation.defaults import Call
-    from modelrig.generation.loop import Engine, Generation, Piece, Run
-    from modelrig.generation.options import GenerateOptions
+    from modelrig.generation.calls import Caller
+    from modelrig.generation.loop import Generation, Piece, Run
     from modelrig.generation.session import Session
     from modelrig.loading.progress import ProgressChoice
+    from modelrig.planning.negotiation import Choice
 
 Message = Mapping[str, Any]
 
@@ -62,7 +61,9 @@ class Plan(RigPlan):
         from modelrig.loading.progress import progress_bar
 
         with progress_bar("loading", progress) as report:
-            return Model(self, assemble(self, report))
+            assembled = assemble(self, report)
+        companions = {role: plan.load(progress) for role, plan in self.companions.items() if isinstance(plan, Plan)}
+        return Model(self, assembled, companions)
 
 
 def plan(reference: str | Path, config: str | Path | Mapping[str, Any] | None = None, **request: Any) -> Plan:
@@ -101,9 +102,10 @@ class Model:
         module: the torch module; parameters have Hugging Face's names.
         tokenizer: None when the checkpoint has none that can be used; then prompts are token ids and results have no text.
         load_report: bytes mapped and copied, and seconds.
+        companions: role → further model that a part works with.
     """
 
-    def __init__(self, plan: Plan, assembled: Assembled) -> None:
+    def __init__(self, plan: Plan, assembled: Assembled, companions: Mapping[str, Model] | None = None) -> None:
         import torch
 
         from modelrig.generation.caches import CachePool
@@ -115,6 +117,8 @@ class Model:
         self._module: nn.Module | None = module
         self._parts = dict(assembled.parts)
         self._recipe: Recipe | None = None
+        self.companions: Mapping[str, Model] = companions or {}
+        self._makers: dict[str, DecoderMaker] = {}
         self._dtype, self._device = getattr(torch, plan.dtype), torch.device(plan.device)
         self._step: Callable[..., Tensor] | None = self._parts["compilers"].compile(module, plan.choices["compilers"].options)
         self._pool = CachePool(plan, self.new_cache)
@@ -157,6 +161,12 @@ class Model:
             "process": int(resident.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if resident.exists() else 0,
         }
 
+    def kernels(self, rows: int = 1) -> dict[str, int]:
+        """Which kernels multiply the weights in a step of `rows` tokens (of all sequences): name → how many weights."""
+        from modelrig.modules.linear import count_kernels
+
+        return count_kernels(self.module, rows, self.plan.choices["quantizers"].name)
+
     def save(
         self,
         directory: str | os.PathLike[str],
@@ -183,18 +193,9 @@ class Model:
         from modelrig.saving.model import save_model
 
         self._require_open()
-        return save_model(
-            self.module,
-            self.plan,
-            self._parts["formats"],
-            directory,
-            format=format,
-            max_shard_size=max_shard_size,
-            dtype=dtype,
-            variant=variant,
-            progress=progress,
-            open_file=None if self._streamer is None else self._streamer.filler.file,
-        )
+        open_file = None if self._streamer is None else self._streamer.filler.file
+        options = {"format": format, "max_shard_size": max_shard_size, "dtype": dtype, "variant": variant, "progress": progress}
+        return save_model(self.module, self.plan, self._parts["formats"], directory, open_file=open_file, **options)
 
     def close(self) -> None:
         """Let go of weights and caches; safe to call twice."""
@@ -204,6 +205,9 @@ class Model:
             self._streamer = None
         self._pool.close()
         self._parts.clear()
+        self._makers.clear()
+        for model in self.companions.values():
+            model.close()
 
     def __enter__(self) -> Model:
         return self
@@ -340,7 +344,12 @@ class Model:
         """A conversation that keeps its cache across turns."""
         from modelrig.generation.session import Session
 
-        return Session(self.new_cache(1, max_len), self._encode_turn, self._start_turn, self.plan.generation)
+        return Session(
+            self.new_cache(1, max_len),
+            lambda *turn: self._caller().read_turn(*turn),
+            lambda *turn: self._caller().start_turn(*turn),
+            self.plan.generation,
+        )
 
     def chat_prompt(self, messages: Sequence[Message]) -> str:
         """The conversation as the model's chat template writes it, with the answer's beginning."""
@@ -352,95 +361,28 @@ class Model:
         self, prompt: Any = None, *, messages: Sequence[Message] | None = None, cache: Cache | None = None, **given: Any
     ) -> Run:
         """The run behind `generate` and `stream`: iterate over it for pieces, then ask it for `results()`."""
-        from modelrig.generation.defaults import Call
+        return self._caller().start(prompt, messages, cache, given)
 
-        call = Call.make(self.plan.generation, given)
-        options = call.options
-        follows = cache is not None and cache.length > 0
-        prompts, is_single = self._ids(prompt, messages, follows)
-        copies = options.num_return_sequences
-        rows = [prompt for prompt in prompts for _ in range(copies)]
-        longest, longest_ever = max(map(len, rows)), self.plan.facts.context_length
-        padding = [longest - len(row) for row in rows]
-        if cache is None:
-            limit = call.limit(longest, 0, self.plan.context, longest_ever, unfed=1)
-            borrowed = self._pool.borrow(longest + limit - 1, padding)
-            try:
-                run = self._run(borrowed, rows, rows, options, limit)
-            except BaseException:
-                self._pool.give_back(borrowed)
-                raise
-            run.on_end = lambda: self._pool.give_back(borrowed)
-        else:
-            if cache.batch != len(rows):
-                raise CacheError("CA-ARGS", f"the cache has {cache.batch} rows, there are {len(rows)} prompts", locus="batch")
-            if any(padding) and follows:
-                raise GenerateError("GN-INPUT", "prompts that continue a cache must have the same length, or run alone")
-            limit = call.limit(longest, cache.length, cache.capacity, longest_ever, unfed=0)
-            run = self._run(cache, rows, rows, options, limit)
-            run.keeps_answer = True
-            if any(padding):
-                cache.reset(padding)
-        run.is_single = is_single and copies == 1
-        return run
+    def _caller(self) -> Caller:
+        from modelrig.generation.calls import Caller
+        from modelrig.generation.feeding import Engine
 
-    def _ids(self, prompt: Any, messages: Sequence[Message] | None, follows: bool) -> tuple[list[list[int]], bool]:
-        """(ids of each prompt, whether it was a single one). A text that `follows` others begins without special tokens."""
-        from modelrig.generation.inputs import as_prompts
-
-        self._require_open()
-        size = self.plan.facts.vocab_size
-        self.plan.require_generation()
-        if (prompt is None) == (messages is None):
-            raise GenerateError("GN-INPUT", "give either a prompt or messages")
-        if messages is not None:
-            text = self.chat_prompt(messages)
-            assert self.tokenizer is not None
-            return as_prompts(self.tokenizer.encode(text, add_special_tokens=False), None, size)
-        return as_prompts(prompt, self.tokenizer, size, add_special_tokens=not follows, other_form=self._other_form)
-
-    def _run(
-        self, cache: Cache, rows: Sequence[Sequence[int]], histories: Sequence[Sequence[int]], options: GenerateOptions, limit: int
-    ) -> Run:
-        from modelrig.generation.loop import Run
-
-        choice = self.plan.choices["decoders"]
-        maker = self._parts["decoders"]
-        descriptor = choice.registered.descriptor
-        assert isinstance(descriptor, Decoder)
-        if not options.is_greedy and not descriptor.capabilities.samples:
-            sampling = self.plan.decoder_when_sampling
-            if sampling is None:
-                raise GenerateError(
-                    "GN-ARGS", f"the decoder {choice.name} does not sample", locus="temperature", hint="plan with decoder='auto'"
-                )
-            choice = sampling
-            maker = self._parts.setdefault("decoder_when_sampling", sampling.registered.implementation())
-        return Run(self._engine(), maker, cache, rows, histories, options, limit, choice.options)
-
-    def _engine(self) -> Engine:
-        from modelrig.generation.loop import Engine
-
-        eos = self.tokenizer.eos_ids if self.tokenizer is not None else self.plan.eos_ids
-        return Engine(
-            step=self.step,
+        step = self.step
+        engine = Engine(
+            step=step,
             stable_length=getattr(self.module, "stable_length", None),
             restarts_at=getattr(self.module, "restarts_at", None),
+            widths=tuple(getattr(step, "widths", ())),
             vocab_size=self.plan.facts.vocab_size,
             device=self._device,
             tokenizer=self.tokenizer,
-            eos_ids=tuple(eos),
+            eos_ids=tuple(self.tokenizer.eos_ids if self.tokenizer is not None else self.plan.eos_ids),
             other_form=self._other_form,
         )
+        return Caller(self.plan, engine, self._pool, self._maker_of, self.companions)
 
-    def _encode_turn(self, prompt: Any, messages: Sequence[Message] | None, follows: bool) -> list[int]:
-        rows, _ = self._ids(prompt, messages, follows)
-        if len(rows) != 1:
-            raise GenerateError("GN-INPUT", "a session has one conversation, not a batch")
-        return rows[0]
-
-    def _start_turn(self, cache: Cache, ids: list[int], kept: int, call: Call) -> Run:
-        if call.options.num_return_sequences != 1:
-            raise GenerateError("GN-ARGS", "a session has one answer a turn", locus="num_return_sequences")
-        limit = call.limit(len(ids) - kept, kept, cache.capacity, self.plan.facts.context_length, unfed=1)
-        return self._run(cache, [ids[kept:]], [ids], call.options, limit)
+    def _maker_of(self, choice: Choice) -> DecoderMaker:
+        """The implementation of the decoder that was chosen, or of that for calls with a temperature."""
+        if choice.id not in self._makers:
+            self._makers[choice.id] = choice.registered.implementation()
+        return self._makers[choice.id]

@@ -147,18 +147,18 @@ def test_a_model_without_a_tokenizer_or_template_says_so(chat: Any, llama_folder
 def test_ctrl_c_stops_an_answer_and_keeps_what_there_is(tiny: modelrig.Model, chat: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from modelrig.generation.loop import Run
 
-    step, calls = Run._step, []
+    step, calls = Run._drafts, []
 
-    def interrupted(self: Any, last: Any) -> Any:
+    def interrupted(self: Any) -> Any:
         calls.append(1)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return step(self, last)
+        return step(self)
 
     sessions: list[Session] = []
     make = modelrig.Model.session
     monkeypatch.setattr(modelrig.Model, "session", lambda self: sessions.append(make(self)) or sessions[0])
-    monkeypatch.setattr(Run, "_step", interrupted)
+    monkeypatch.setattr(Run, "_drafts", interrupted)
     code, out, err = chat("add two numbers\nmore\n")
     monkeypatch.undo()
     (session,) = sessions

@@ -149,6 +149,7 @@ FLAGS: dict[str, tuple[list[str], Any]] = {
     "seed": (["0"], 0),
     "ignore_eos": ([], True),
     "num_return_sequences": (["2"], 2),
+    "pad_to_multiple_of": (["16"], 16),
 }
 
 
@@ -323,15 +324,15 @@ def test_ctrl_c_is_quiet_otherwise(capsys: pytest.CaptureFixture[str], monkeypat
 def interrupt_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     from modelrig.generation.loop import Run
 
-    step, calls = Run._step, []
+    step, calls = Run._drafts, []
 
-    def interrupted(self: Any, last: Any) -> Any:
+    def interrupted(self: Any) -> Any:
         calls.append(1)
         if len(calls) == steps:
             raise KeyboardInterrupt
-        return step(self, last)
+        return step(self)
 
-    monkeypatch.setattr(Run, "_step", interrupted)
+    monkeypatch.setattr(Run, "_drafts", interrupted)
 
 
 def test_ctrl_c_while_loading_is_quiet(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

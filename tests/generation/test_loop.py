@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from modelrig.components import AttentionSpec
+from modelrig.components import AttentionSpec, DecoderCall
 from modelrig.errors import CacheError, GenerateError, PluginError
 from modelrig.generation import loop
+from modelrig.generation.decoding import PlainRun
 from modelrig.generation.loop import Engine, Piece, Run, Stats
 from modelrig.generation.options import GenerateOptions
 from modelrig.generation.tokenizer import Tokenizer
@@ -49,32 +50,30 @@ class Table:
         return logits[:, -1:] if last_only else logits
 
 
-class Drafts(GreedyDecoder):
+class Drafts(PlainRun):
     """Proposes k tokens: the true ones, but for every `wrong`-th draft."""
 
     def __init__(self, table: Table, k: int, wrong: int) -> None:
         self.table, self.k, self.wrong, self.count = table, k, wrong, 0
+        self.learned: list[tuple[int, int]] = []
 
-    def open(self, batch: int, sampler: Any, options: Any) -> Drafts:
-        self.sampler = sampler
+    def open(self, call: DecoderCall, options: Any) -> Drafts:
+        super().__init__(call)
         return self
 
-    def propose(self, last: Tensor) -> Tensor | None:
+    def propose(self, new: Sequence[Sequence[int] | None], room: int) -> list[list[int]] | None:
+        return [self.draft(ids[-1], room) if ids is not None else [] for ids in new] if self.k else None
+
+    def draft(self, last: int, room: int) -> list[int]:
         drafts = []
-        for _ in range(self.k):
-            last = self.table.follows[last]
+        for _ in range(min(self.k, room)):
+            last = int(self.table.follows[last])
             self.count += 1
             drafts.append((last + (self.count % self.wrong == 0)) % self.table.vocab)
-        return torch.stack(drafts, dim=1) if drafts else None
+        return drafts
 
-    def accept(self, logits: Tensor, drafts: Tensor | None) -> Tensor:
-        best = logits.argmax(-1)
-        if drafts is None:
-            return best[:, -1:]
-        kept = 0
-        while kept < drafts.shape[1] and bool((best[:, kept] == drafts[:, kept]).all()):
-            kept += 1
-        return best[:, : kept + 1]
+    def learn(self, drafted: int, gained: int) -> None:
+        self.learned.append((drafted, gained))
 
 
 def make(
@@ -230,7 +229,7 @@ def test_logits_that_are_not_finite_end_the_call() -> None:
         return step(*arguments) * (math.nan if len(count) == 3 else 1.0)
 
     run = make(table, [[3]])
-    run.engine = Engine(step=broken, vocab_size=VOCAB, device=CPU, tokenizer=None, eos_ids=())
+    run._feeder.engine = Engine(step=broken, vocab_size=VOCAB, device=CPU, tokenizer=None, eos_ids=())
     ended: list[int] = []
     run.on_end = lambda: ended.append(1)
     with pytest.raises(GenerateError, match="after 2 new tokens") as caught:
@@ -317,7 +316,9 @@ def test_rows_that_end_early_are_fed_until_the_last_one_ends() -> None:
     run = make(Table({12: EOS}), [[3], [11]], 4)
     run.keeps_answer = True
     tokens(run)
-    assert [[3, 4, 5, 6, 7], [11, 12, EOS, 0, 1]] == keys(run.cache)
+    first, second = keys(run.cache)
+    assert [3, 4, 5, 6, 7] == first
+    assert [11, 12, EOS] == second[:3] and len(first) == len(second)  # what stands behind an end does not count
 
 
 def test_a_cache_that_a_run_filled_serves_outside_of_inference_mode() -> None:
@@ -360,17 +361,15 @@ def test_a_row_that_ends_within_accepted_drafts_is_cut_there() -> None:
     assert [[3, 4, 5, 6, EOS]] == keys(run.cache)
 
 
-@pytest.mark.parametrize("shape", [(), (1,), (1, 0), (1, 2), (1, 1, 1)])
-def test_a_decoder_that_accepts_the_impossible_is_named(shape: tuple[int, ...]) -> None:
-    table = Table({})
+@pytest.mark.parametrize("proposed", [[], [[1], [2]], [[1] * 3000], [[VOCAB]], [[-1]], [[True]], [[1.0]], 7, [None]])
+def test_a_decoder_that_proposes_the_impossible_is_named(proposed: Any) -> None:
+    class Odd(Drafts):
+        def propose(self, new: Any, room: int) -> Any:
+            return proposed
 
-    class Greedy(Drafts):
-        def accept(self, logits: Tensor, drafts: Tensor | None) -> Tensor:
-            return torch.zeros(shape, dtype=torch.int64)
-
-    with pytest.raises(PluginError, match="accept returned ids") as caught:
-        tokens(make(table, [[3]], decoder=Greedy(table, 0, 1)))
-    assert ("PL-CONTRACT", "Greedy") == (caught.value.code, caught.value.plugin)
+    with pytest.raises(PluginError, match="propose returned") as caught:
+        tokens(make(Table({}), [[3]], decoder=Odd(Table({}), 0, 1)))
+    assert ("PL-CONTRACT", "Odd") == (caught.value.code, caught.value.plugin)
 
 
 # ------------------------------------------------------------------------------------------------ text
@@ -459,7 +458,7 @@ def test_figures_count_what_was_done(monkeypatch: pytest.MonkeyPatch) -> None:
         return step(*arguments)
 
     run = make(table, [[1, 2, 3], [10]], 5)
-    run.engine = Engine(step=timed, vocab_size=VOCAB, device=CPU, tokenizer=None, eos_ids=(EOS,))
+    run._feeder.engine = Engine(step=timed, vocab_size=VOCAB, device=CPU, tokenizer=None, eos_ids=(EOS,))
     for _ in run:
         now[0] += 100  # what the caller does is not decoding
     first, second = (result.stats for result in run.results())

@@ -29,6 +29,8 @@ REFUSED = {
     "seed": [-1, 1.5, True, [], [1, None], 2**63, "1"],
     "ignore_eos": [1, None, "yes"],
     "num_return_sequences": [0, -1, True, 1.0, 10**6],
+    "pad_to_multiple_of": [0, -8, True, 1.5, "8", 1 << 30],
+    "constraint": ["a+", 7, {"regex": "a"}],
 }
 
 ACCEPTED = [

@@ -21,7 +21,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 #: options that may be given several times, and how one value is written
 REPEATED = {"stop": "TEXT", "stop_ids": "ID", "logit_bias": "ID=BIAS", "seed": "SEED"}
-WHOLE = ("max_new_tokens", "min_new_tokens", "top_k", "num_return_sequences", "stop_ids", "seed")
+WHOLE = ("max_new_tokens", "min_new_tokens", "top_k", "num_return_sequences", "pad_to_multiple_of", "stop_ids", "seed")
 
 
 def generation_options(command: F) -> F:
@@ -70,9 +70,10 @@ def _bias(text: str) -> tuple[int, float]:
 def figures(result: Generation) -> str:
     """One line about a generation, for people."""
     stats = result.stats
+    drafts = f"{stats.accepted_tokens} of {stats.drafted_tokens} drafts accepted · " if stats.drafted_tokens else ""
     return (
         f"{stats.prompt_tokens} prompt tokens in {stats.prefill_seconds:.2f} s · {stats.new_tokens} new tokens in "
-        f"{stats.decode_seconds:.2f} s ({stats.tokens_per_second:.1f} tokens/s) · peak memory "
+        f"{stats.decode_seconds:.2f} s ({stats.tokens_per_second:.1f} tokens/s) · {drafts}peak memory "
         f"{stats.peak_memory_bytes / 2**20:,.0f} MiB · finished: {result.finish_reason}"
     )
 

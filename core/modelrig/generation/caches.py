@@ -73,6 +73,13 @@ class CachePool:
         except IndexError:  # none, or another thread was faster
             return None
 
+    def require_room_to_fork(self, cache: Cache, rows: int) -> None:
+        """Raise `ResourceLimitError` (RL-MEM) if a fork of `cache` into so many rows was not planned and does not fit."""
+        planned = self._plan.choices["decoders"].registered.planner()
+        copies = getattr(planned, "copies", None)
+        if copies is None or rows > self._plan.batch * copies(self._plan.choices["decoders"].options):
+            self._require_room(rows, cache.capacity)
+
     def _require_room(self, batch: int, needed: int) -> None:
         plan, choice = self._plan, self._plan.choices["caches"]
         planned = choice.registered.planner().nbytes(plan.facts.cached_layers, batch, needed, plan.dtype, choice.options)

@@ -102,6 +102,12 @@ def _bias(value: Any) -> dict[int, float]:
     return {token(key): number(bias) for key, bias in value.items()}
 
 
+def _made(value: Any) -> Any:
+    if not callable(value):
+        raise _RefusedError
+    return value
+
+
 def _option(default: Any, rule: Rule, accepts: str, help: str) -> Any:  # noqa: A002 - the word click uses
     return attrs.field(default=default, metadata={"rule": rule, "accepts": accepts, "help": help})
 
@@ -176,6 +182,18 @@ class GenerateOptions:
         _whole(1, 4096),
         "a whole number from 1 to 4096",
         "continuations per prompt; copy j of a seeded prompt draws with seed + j",
+    )
+    pad_to_multiple_of: int | None = _option(
+        None,
+        _optional(_whole(1, 1 << 20)),
+        "a whole number from 1 to 1048576",
+        "pad prompts on the left to a multiple of this, where it fits, so that what is compiled for a length serves for others",
+    )
+    constraint: Callable[[], Any] | None = _option(  # noqa: RUF009 - attrs, and the same call as above
+        None,
+        _optional(_made),
+        "a function without arguments that makes a modelrig.components.TokenMask",
+        "let only tokens come that this allows",
     )
 
     def __attrs_post_init__(self) -> None:

@@ -1,7 +1,7 @@
 """From logits to the next tokens, in the order Hugging Face uses.
 
-`process` (penalties, bias, minimum length) → `shape` (temperature, top_k, top_p, min_p) → draw. All of it in float32, row by
-row, without a wait for the device. What an option does not ask for costs nothing.
+`process` (penalties, bias, minimum length, constraint) → `shape` (temperature, top_k, top_p, min_p) → draw. All of it in float32,
+row by row, and but for constraints without a wait for the device. What an option does not ask for costs nothing.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from modelrig.errors import GenerateError, NotFiniteError
+from modelrig.generation.constraints import Constraints
 from modelrig.generation.options import GenerateOptions
 
 __all__ = ["Sampler"]
@@ -23,10 +24,11 @@ COLDEST = 1e-30  # below this a float32 temperature is zero; the distribution is
 class Sampler:
     """Chooses the next token of every row.
 
-    Rows are prompt-major: with `num_return_sequences` = n, rows p*n ... p*n+n-1 continue prompt p. Each row draws from a
-    generator of its own, so a row gets the tokens it would get alone; copy j of a prompt draws with seed + j.
+    Rows are prompt-major: with n `copies`, rows p*n ... p*n+n-1 continue prompt p. Each row draws from a generator of its own, so a
+    row gets the tokens it would get alone; copy j of a prompt draws with seed + j.
 
-    One step: `sampler(sampler.process(logits))`, then `observe(ids)`.
+    One step: `choose(logits)`; that is `sampler(sampler.process(logits))`, then `observe(ids)`. With `rows` it is a step of these
+    rows only: the others draw nothing and note nothing.
 
     Args:
         options: what to do.
@@ -34,6 +36,7 @@ class Sampler:
         vocab_size: logits per row.
         device: where the logits are.
         stop_ids: ids that end a row; they cannot be chosen before `min_new_tokens`.
+        copies: rows of each prompt; `num_return_sequences` by default.
 
     Raises:
         GenerateError: GN-ARGS for ids beyond the vocabulary, or seeds that do not match the batch.
@@ -46,8 +49,10 @@ class Sampler:
         vocab_size: int,
         device: torch.device | str = "cpu",
         stop_ids: Sequence[int] = (),
+        copies: int | None = None,
     ) -> None:
         options.check_ids(vocab_size)
+        self._copies = options.num_return_sequences if copies is None else copies
         self._options, self._batch, self._vocab_size = options, batch, vocab_size
         self._device = torch.device(device)
         self._generators = [] if options.is_greedy else self._seeded()
@@ -59,14 +64,15 @@ class Sampler:
         self._suppresses = options.min_new_tokens > 0 and len(self._stop_ids) > 0
         self._seen: Tensor | None = None  # bool [batch, vocab]: in prompt or text
         self._counts: Tensor | None = None  # float32 [batch, vocab]: how often in the text
-        self._num_observed = 0
+        self._observed = [0] * batch  # new tokens of each row
+        self._constraints = None if options.constraint is None else Constraints(options.constraint, batch, vocab_size, self._device)
         self._broken: Tensor | None = None  # bool [batch]: a row had logits that are not finite; kept on the device
 
     def start(self, prompts: Sequence[Sequence[int]]) -> None:
         """Begin a call: `prompts` has the prompt's ids (no padding) of every row."""
         if len(prompts) != self._batch:
             raise AssertionError(f"{len(prompts)} prompts for {self._batch} rows")
-        self._num_observed = 0
+        self._observed = [0] * self._batch
         shape = (self._batch, self._vocab_size)
         if self._repetition is not None:
             self._seen = torch.zeros(shape, dtype=torch.bool, device=self._device)
@@ -75,26 +81,74 @@ class Sampler:
         if self._presence or self._frequency:
             self._counts = torch.zeros(shape, dtype=torch.float32, device=self._device)
 
-    def observe(self, ids: Tensor) -> None:
-        """Note the ids [batch] that every row got."""
-        self._num_observed += 1
-        if self._seen is not None:
-            self._seen.scatter_(1, ids[:, None], True)
-        if self._counts is not None:
-            self._counts.scatter_add_(1, ids[:, None], torch.ones_like(ids, dtype=torch.float32)[:, None])
+    def choose(self, logits: Tensor, rows: Sequence[int] | None = None) -> Tensor:
+        """logits [rows, vocab] → ids int64 [rows], noted."""
+        ids = self(self.process(logits, rows), rows)
+        self.observe(ids, rows)
+        return ids
 
-    def process(self, logits: Tensor) -> Tensor:
-        """logits [batch, vocab] → float32 [batch, vocab] with penalties, bias and minimum length. The input is left as it is."""
+    def observe(self, ids: Tensor, rows: Sequence[int] | None = None) -> None:
+        """Note the ids [rows] that were chosen."""
+        numbers = range(self._batch) if rows is None else rows
+        for row in numbers:
+            self._observed[row] += 1
+        if self._constraints is not None:
+            self._constraints.observe(ids.tolist(), numbers)
+        if self._seen is None and self._counts is None:
+            return
+        where = torch.as_tensor(numbers, device=self._device)
+        if self._seen is not None:
+            self._seen[where, ids] = True
+        if self._counts is not None:
+            self._counts[where, ids] += 1
+
+    def reorder(self, rows: Sequence[int]) -> None:
+        """Let row i go on as row `rows[i]` went. Each row keeps its own generator."""
+        where = torch.as_tensor(rows, device=self._device)
+        self._seen = None if self._seen is None else self._seen[where]
+        self._counts = None if self._counts is None else self._counts[where]
+        self._observed = [self._observed[row] for row in rows]
+        if self._constraints is not None:
+            self._constraints.reorder(rows)
+
+    def allowed(self, row: int, drafts: Sequence[int]) -> int:
+        """How many of `drafts`, one after the other, the row's constraint allows."""
+        return len(drafts) if self._constraints is None else self._constraints.allowed(row, drafts)
+
+    def is_over(self, row: int) -> bool:
+        """The row's constraint allows nothing more."""
+        return self._constraints is not None and self._constraints.is_over(row)
+
+    @property
+    def is_constrained(self) -> bool:
+        return self._constraints is not None
+
+    def process(self, logits: Tensor, rows: Sequence[int] | None = None) -> Tensor:
+        """logits [rows, vocab] → float32 [rows, vocab] with all that counts before the temperature. The input is left as it is."""
         scores = logits.float()
         if self._seen is not None and self._repetition is not None:
+            seen = self._seen if rows is None else self._seen[torch.as_tensor(rows, device=self._device)]
             penalised = torch.where(scores < 0, scores * self._repetition, scores / self._repetition)
-            scores = torch.where(self._seen, penalised, scores)
+            scores = torch.where(seen, penalised, scores)
         if self._counts is not None:
-            scores = scores - self._frequency * self._counts - self._presence * (self._counts > 0)
+            counts = self._counts if rows is None else self._counts[torch.as_tensor(rows, device=self._device)]
+            scores = scores - self._frequency * counts - self._presence * (counts > 0)
         if self._bias is not None:
             scores = scores + self._bias
-        if self._suppresses and self._num_observed < self._options.min_new_tokens:
-            scores = scores.index_fill(1, self._stop_ids, -math.inf)
+        if self._suppresses:
+            scores = self._without_ends(scores, range(self._batch) if rows is None else rows)
+        if self._constraints is not None:
+            scores = self._constraints.apply(scores, range(self._batch) if rows is None else rows)
+        return scores
+
+    def _without_ends(self, scores: Tensor, rows: Sequence[int]) -> Tensor:
+        short = [place for place, row in enumerate(rows) if self._observed[row] < self._options.min_new_tokens]
+        if len(short) == len(rows):
+            return scores.index_fill(1, self._stop_ids, -math.inf)
+        if short:
+            scores = scores.clone() if scores.dtype == torch.float32 else scores
+            where = torch.as_tensor(short, device=self._device)[:, None]
+            scores[where, self._stop_ids[None]] = -math.inf
         return scores
 
     def shape(self, scores: Tensor) -> Tensor:
@@ -107,20 +161,38 @@ class Sampler:
         values, ids = self._candidates(scores)
         return values if ids is None else torch.full_like(scores, -math.inf).scatter(1, ids, values)
 
-    def __call__(self, scores: Tensor) -> Tensor:
-        """Processed scores [batch, vocab] → ids int64 [batch]: drawn as the options say, the maximum when greedy.
+    def score(self, logits: Tensor) -> Tensor:
+        """logits [rows, vocab] → log-probabilities float32, which a search adds up: processed as transformers does, and with a
+        temperature those that are drawn from."""
+        scores = self.process(torch.log_softmax(logits.float(), dim=-1))
+        return scores if self._options.is_greedy else torch.log_softmax(self.shape(scores), dim=-1)
+
+    def top(self, scores: Tensor, count: int, width: int) -> tuple[Tensor, Tensor]:
+        """The `count` best of each `width` rows: scores [groups, width * vocab] → (scores, places) [groups, count], best first.
+        With a temperature they are drawn by their shares, none twice, by the generator of the group's first row."""
+        if self._options.is_greedy:
+            best, places = scores.topk(count, dim=-1)
+            self._note(best[:, 0], range(0, self._batch, width))
+            return best, places
+        # The largest of log p + Gumbel noise are a draw without repeats (Yellott, 1977; Kool et al., 2019)
+        noise = self._noise(scores, range(0, self._batch, width))
+        drawn = (scores - noise.log()).masked_fill(scores == -math.inf, -math.inf).topk(count, dim=-1).indices
+        return scores.gather(1, drawn), drawn
+
+    def __call__(self, scores: Tensor, rows: Sequence[int] | None = None) -> Tensor:
+        """Processed scores [rows, vocab] → ids int64 [rows]: drawn as the options say, the maximum when greedy.
 
         Raises:
             NotFiniteError: GN-NAN for logits that are not finite; on the CPU at once, on other devices by `check`.
         """
         if self._options.is_greedy:
             peaks, ids = scores.max(dim=-1)
-            self._note(peaks)
+            self._note(peaks, rows)
             return ids
         values, candidates = self._candidates(scores)
         # argmax(p / Exp(1)) draws from p, and needs neither a sum to one nor a word from the device
-        peaks, choice = (torch.softmax(values, dim=-1) / self._noise(values)).max(dim=-1)
-        self._note(peaks)
+        peaks, choice = (torch.softmax(values, dim=-1) / self._noise(values, rows)).max(dim=-1)
+        self._note(peaks, rows)
         return choice if candidates is None else candidates.gather(1, choice[:, None])[:, 0]
 
     def check(self) -> None:
@@ -154,27 +226,30 @@ class Sampler:
             scores = scores.gather(1, order)
         return scores, ids
 
-    def _noise(self, like: Tensor) -> Tensor:
+    def _noise(self, like: Tensor, rows: Sequence[int] | None = None) -> Tensor:
         noise = torch.empty_like(like, memory_format=torch.contiguous_format)
-        for row, generator in zip(noise, self._generators, strict=True):
-            row.exponential_(generator=generator)
+        for row, number in zip(noise, range(self._batch) if rows is None else rows, strict=True):
+            row.exponential_(generator=self._generators[number])
         return noise.clamp_min_(torch.finfo(noise.dtype).tiny)  # a zero would turn an excluded token's 0 into NaN
 
-    def _note(self, peaks: Tensor) -> None:
+    def _note(self, peaks: Tensor, rows: Sequence[int] | None) -> None:
         # The maximum of a row is NaN or infinite exactly when its scores are unusable, and the draw has it anyway
         if self._device.type == "cpu":
-            rows = [row for row, peak in enumerate(peaks.tolist()) if not math.isfinite(peak)]
-            if rows:
-                raise self._not_finite(rows)
-        elif self._broken is None:
-            self._broken = ~peaks.isfinite()
-        else:
+            bad = [place for place, peak in enumerate(peaks.tolist()) if not math.isfinite(peak)]
+            if bad:
+                raise self._not_finite(bad if rows is None else [rows[place] for place in bad])
+            return
+        if self._broken is None:
+            self._broken = torch.zeros(self._batch, dtype=torch.bool, device=self._device)
+        if rows is None:
             self._broken |= ~peaks.isfinite()
+        else:
+            self._broken[torch.as_tensor(rows, device=self._device)] |= ~peaks.isfinite()
 
     def _not_finite(self, rows: Sequence[int]) -> NotFiniteError:
         return NotFiniteError(
             "GN-NAN",
-            f"after {self._num_observed} new tokens the logits of row {rows[0]} are NaN or infinite",
+            f"after {self._observed[rows[0]]} new tokens the logits of row {rows[0]} are NaN or infinite",
             hint="a wider dtype may help (dtype='float32'); else the weights themselves are broken",
         )
 
@@ -187,7 +262,7 @@ class Sampler:
         return row.to(self._device)
 
     def _seeded(self) -> list[torch.Generator]:
-        copies = self._options.num_return_sequences
+        copies = self._copies
         seeds, prompts = self._options.seed, self._batch // copies
         if isinstance(seeds, tuple) and len(seeds) != prompts:
             raise GenerateError(

@@ -6,7 +6,7 @@ spread, and parts are negotiated again if some are streamed, since not every qua
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -17,13 +17,14 @@ from modelrig.errors import ModelrigError, PlanError, PluginError, ResourceLimit
 from modelrig.planning.environment import Environment
 from modelrig.planning.generation_config import GenerationConfig
 from modelrig.planning.identify import Identified
-from modelrig.planning.ledger import Account, Ledger, Weighed, add_up, weigh_each
+from modelrig.planning.ledger import Account, Ledger, Line, Weighed, add_up, weigh_each
 from modelrig.planning.memory import broken_limit, human, require_fit
 from modelrig.planning.needs import Situation
 from modelrig.planning.negotiation import Negotiated, negotiate
 from modelrig.planning.placement import Device, Placed, Weight, main_of, placed_by, runs, spread
 from modelrig.planning.placement_maps import read_map
 from modelrig.planning.places import Placement, tiers
+from modelrig.planning.plan import RigPlan
 from modelrig.planning.request import Request
 from modelrig.planning.units import CPU, DISK, is_gpu
 from modelrig.planning.values import AUTO
@@ -52,6 +53,7 @@ class Decision:
     negotiated: Negotiated
     device_map: Mapping[str, str]
     ledger: Ledger
+    companions: Mapping[str, RigPlan]
     notes: tuple[str, ...]
 
 
@@ -63,7 +65,10 @@ class Desk:
     request: Request
     environment: Environment
     registry: Registry
+    #: (reference, the situation of the model it works with) → plan
+    plan_companion: Callable[[str, Situation], RigPlan]
     _weighed: dict[Any, list[Weighed]] = field(factory=dict, init=False, repr=False, eq=False)
+    _companions: dict[Any, RigPlan] = field(factory=dict, init=False, repr=False, eq=False)
 
     def weighed(self, at: Situation, negotiated: Negotiated) -> list[Weighed]:
         """Every parameter's bytes, counted once for each way to hold them."""
@@ -73,6 +78,26 @@ class Desk:
             facts, stored = self.checkpoint.facts, self.checkpoint.catalog
             self._weighed[key] = list(weigh_each(facts, stored, quantizer.registered.planner(), quantizer.options, at.dtype))
         return self._weighed[key]
+
+    def companions(self, at: Situation, negotiated: Negotiated) -> Mapping[str, RigPlan]:
+        """Role → the plan of a further model that the decoder works with."""
+        decoder = negotiated.choices.get("decoders")
+        named = None if decoder is None else getattr(decoder.registered.planner(), "companions", None)
+        if decoder is None or named is None:
+            return {}
+        made = {}
+        for role, reference in named(decoder.options).items():
+            key = (reference, at.device, at.context, at.batch)
+            if key not in self._companions:
+                self._companions[key] = self.plan_companion(reference, at)
+            made[role] = self._companions[key]
+        planner: Any = decoder.registered.planner()
+        reasons = list(planner.check_companions(self.checkpoint.facts, self.checkpoint.snapshot, made))
+        if reasons:
+            text = "; ".join(f"{one.text} [{one.code}]" for one in reasons)
+            refused = {"decoders": {decoder.component: tuple(reasons)}}
+            raise PlanError("PN-REFUSED", f"the decoder {decoder.component}: {text}", refused=refused, hint=reasons[0].hint)
+        return made
 
     def negotiate(self, at: Situation) -> Negotiated:
         return negotiate(at, self.checkpoint.parts, self.request, self.registry)
@@ -176,6 +201,7 @@ def _decision(
         negotiated=negotiated,
         device_map={"": at.device} if placed is None else placed.device_map,
         ledger=ledger,
+        companions=desk.companions(at, negotiated),
         notes=(*negotiated.notes, *_streaming_notes(placed), *notes),
     )
 
@@ -246,6 +272,8 @@ def open_account(at: Situation, desk: Desk, negotiated: Negotiated, placed: Plac
             elsewhere=parts,
             slots=0 if placed is None else placed.slots,
             layers={} if placed is None else _layers(placed, desk.checkpoint.facts),
+            copies=_copies(negotiated),
+            beside=tuple(_lines_beside(desk.companions(at, negotiated))),
         )
         account.cache_bytes(at.context, at.batch)
     except (ModelrigError, MemoryError):
@@ -254,6 +282,18 @@ def open_account(at: Situation, desk: Desk, negotiated: Negotiated, placed: Plac
         text = f"{quantizer.id}{'' if cache is None else f' or {cache.id}'} failed to count its bytes: {cause(error)}"
         raise PluginError("PL-CONTRACT", text) from error
     return account
+
+
+def _copies(negotiated: Negotiated) -> int:
+    decoder = negotiated.choices.get("decoders")
+    copies_of = None if decoder is None else getattr(decoder.registered.planner(), "copies", None)
+    return 0 if decoder is None or copies_of is None else int(copies_of(decoder.options))
+
+
+def _lines_beside(companions: Mapping[str, RigPlan]) -> Iterator[Line]:
+    for role, plan in companions.items():
+        for line in plan.ledger:
+            yield evolve(line, model=role)
 
 
 def _layers(placed: Placed, facts: ModelFacts) -> dict[str, tuple[AttentionSpec, ...]]:

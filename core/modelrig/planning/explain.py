@@ -23,6 +23,7 @@ def explain(plan: RigPlan) -> str:
     sections = (
         ("", _model(plan)),
         ("rig", _rig(plan)),
+        *((f"{role} model", _companion(one)) for role, one in plan.companions.items()),
         ("places", _places(plan)),
         ("generation", _generation(plan)),
         ("asked for", _asked(plan)),
@@ -53,7 +54,7 @@ def _rig(plan: RigPlan) -> Iterator[str]:
     for kind in (kind for kind in KINDS if kind in plan.choices):
         choice = plan.choices[kind]
         options = plain_options(choice.options) or {}
-        set_to = f" ({', '.join(f'{key}={value}' for key, value in options.items())})" if options else ""
+        set_to = f" ({', '.join(f'{key}={_shortened(_plain(value))}' for key, value in options.items())})" if options else ""
         rows.append((SINGULAR[kind], choice.component + set_to, choice.why))
         sampling = plan.decoder_when_sampling
         if kind == "decoders" and sampling is not None and sampling.id != choice.id:
@@ -66,6 +67,15 @@ def _rig(plan: RigPlan) -> Iterator[str]:
     rows.append(("context", f"{plan.context:,} tokens", plan.origins["context"]))
     rows.append(("batch", str(plan.batch), plan.origins["batch"]))
     yield from _aligned(rows)
+
+
+def _companion(plan: RigPlan) -> Iterator[str]:
+    yield from _model(plan)
+    yield f"  {summary(plan)}"
+
+
+def _plain(value: object) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def _layers(kinds: Sequence[LayerKind]) -> Iterator[str]:
@@ -156,7 +166,8 @@ def _memory(plan: RigPlan) -> Iterator[str]:
             name = MOMENT_NAMES[moment] if plan.facts.generates or moment != "run" else "computing"
             yield f"    {name}: {human(sum(line.bytes for line in lines))}"
             for line in lines:
-                yield f"      {human(line.bytes):<28} {line.what}" + ("" if line.exact else ", an estimate")
+                model = f"{line.model}: " if line.model else ""
+                yield f"      {human(line.bytes):<28} {model}{line.what}" + ("" if line.exact else ", an estimate")
 
 
 def _aligned(rows: Sequence[tuple[str, str, str]]) -> Iterator[str]:

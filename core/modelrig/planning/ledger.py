@@ -46,13 +46,14 @@ GPU_CONTEXT = "GPU context"
 
 @frozen(kw_only=True)
 class Line:
-    """One item. `exact` is False for an estimate."""
+    """One item. `exact` is False for an estimate; `model` says of which further model it is, "" for the planned one."""
 
     device: str
     moment: str
     what: str
     bytes: int
     exact: bool = True
+    model: str = ""
 
 
 @frozen
@@ -99,6 +100,7 @@ class Ledger:
     def to_json(self) -> list[dict[str, Any]]:
         return [
             {"device": one.device, "moment": one.moment, "what": one.what, "bytes": one.bytes, "exact": one.exact}
+            | ({"model": one.model} if one.model else {})
             for one in self.lines
         ]
 
@@ -250,6 +252,8 @@ class Account:
         elsewhere: every other device of a map, and its weights.
         slots: bytes for what is streamed to `device`.
         layers: GPU → the layers whose cache is there, where several run; if empty all of them are on `device`.
+        copies: rows in which the decoder continues each text, beside the one of its prompt; 0 if it is the same one.
+        beside: the lines of further models.
     """
 
     device: str
@@ -261,11 +265,16 @@ class Account:
     elsewhere: Mapping[str, Weights] = Factory(dict)
     slots: int = 0
     layers: Mapping[str, Sequence[AttentionSpec]] = Factory(dict)
+    copies: int = 0
+    beside: tuple[Line, ...] = ()
 
     def cache_bytes(self, context: int, batch: int, layers: Sequence[AttentionSpec] | None = None) -> int:
         """Of `layers`; by default of all that keep keys and values."""
         layers = self.facts.cached_layers if layers is None else layers
-        return int(self.cache.nbytes(layers, batch, context, self.dtype, self.cache_options)) if layers else 0
+        rows = [batch, batch * self.copies] if self.copies else [batch]
+        return (
+            sum(int(self.cache.nbytes(layers, count, context, self.dtype, self.cache_options)) for count in rows) if layers else 0
+        )
 
     def draw(self, context: int, batch: int) -> Ledger:
         """The ledger at `context` tokens of `batch` sequences."""
@@ -278,14 +287,18 @@ class Account:
         order = sorted({*parts, CPU}, key=lambda device: (device != self.device, device == DISK, device == CPU, device))
         items.sort(key=lambda item: (order.index(item[0]), MOMENTS.index(item[1])))
         lines = (Line(device=d, moment=m, what=what, bytes=size, exact=exact) for d, m, what, size, exact in items if size)
-        return Ledger(tuple(lines))
+        return Ledger((*lines, *self.beside))
 
     def reserve(self, device: str, context: int, batch: int, *, with_cache: bool = True) -> int:
         """What `device` needs beside weights and slots, at the moment it needs most."""
         ledger = evolve(self, elsewhere={device: NO_WEIGHTS} if device != self.device else {}).draw(context, batch)
         weights = (MAPPED, WEIGHTS, ON_DISK, COPIES, SLOTS, *(() if with_cache else (CACHE,)))
         return max(
-            sum(line.bytes for line in ledger if (line.device, line.moment) == (device, moment) and line.what not in weights)
+            sum(
+                line.bytes
+                for line in ledger
+                if (line.device, line.moment) == (device, moment) and (line.what not in weights or line.model)
+            )
             for moment in MOMENTS
         )
 

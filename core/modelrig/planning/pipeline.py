@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any, TypeVar
 
 from attrs import evolve
@@ -29,6 +30,7 @@ from modelrig.planning.identify import (
     read_config,
     resolve,
 )
+from modelrig.planning.measured import machine_of
 from modelrig.planning.needs import PLAIN, Situation, stored_scheme
 from modelrig.planning.negotiation import Choice
 from modelrig.planning.places import notes_on_limits, place
@@ -49,6 +51,7 @@ def make_plan(
     *,
     environment: Environment | None = None,
     registry: Registry | None = None,
+    environ: Mapping[str, str] | None = None,
     cls: type[P] = RigPlan,  # type: ignore[assignment]
     **request: Any,
 ) -> P:
@@ -59,6 +62,7 @@ def make_plan(
         config: a TOML file or a mapping of request keys, instead of `modelrig.toml` in the working directory.
         environment: the machine to plan for; this one by default.
         registry: the components to choose from; those installed and not disabled by default.
+        environ: the environment variables that count as part of the request; those of this process by default.
         cls: the class of the result.
         **request: keys of `modelrig.planning.request.Request`, and `set`.
 
@@ -67,14 +71,17 @@ def make_plan(
     """
     text = check_reference(reference)
     # `disable` and `variant` count before any plugin is asked, so they are read before the checkpoint's folder is known.
-    early = read_request(request, config, checkpoint=possible_folder(text))
+    early = read_request(request, config, environ=environ, checkpoint=possible_folder(text))
     registry = current(disable=early.disable) if registry is None else registry
     environment = environment or read_environment()
     source, snapshot = resolve(text, registry, early.variant)
-    wanted = read_request(request, config, checkpoint=snapshot.root)
+    wanted = read_request(request, config, environ=environ, checkpoint=snapshot.root)
     snapshot = evolve(snapshot, variant=wanted.variant)
     checkpoint = consistently(snapshot.root, lambda: examine(source, snapshot, registry))
-    decision = settle(Desk(checkpoint=checkpoint, request=wanted, environment=environment, registry=registry))
+    companion = partial(plan_companion, environment=environment, registry=registry, cls=cls)
+    decision = settle(
+        Desk(checkpoint=checkpoint, request=wanted, environment=environment, registry=registry, plan_companion=companion)
+    )
     if checkpoint.scheme != PLAIN:  # first whether anything reads them, then whether they are all there
         match(checkpoint.facts, checkpoint.catalog, snapshot.root)
     at = decision.situation
@@ -96,8 +103,18 @@ def make_plan(
         device_map=decision.device_map,
         ledger=decision.ledger,
         generation=checkpoint.generation,
+        companions=decision.companions,
         notes=(*wanted.notes, *checkpoint.notes, *decision.notes, *_plugin_notes(registry)),
     )
+
+
+def plan_companion(reference: str, at: Situation, *, environment: Environment, registry: Registry, cls: type[P]) -> P:
+    """The plan of a further model that works beside the one `at` describes: on its device, for as many texts and no longer ones, in
+    the dtype of its own; what was asked for the other does not count."""
+    asked: dict[str, Any] = {"device_map": at.device, "batch": at.batch, "decoder": AUTO}
+    given: dict[str, Any] = {"environment": environment, "registry": registry, "environ": {}, "cls": cls}
+    plan = make_plan(reference, {}, **given, **asked)
+    return plan if plan.context <= at.context else make_plan(reference, {}, **given, **asked, context=at.context)
 
 
 def examine(source: Identified, snapshot: Snapshot, registry: Registry) -> Checkpoint:
@@ -162,6 +179,10 @@ def make_situation(checkpoint: Checkpoint, request: Request, environment: Enviro
         context=context,
         batch=request.batch,
         cpu_flags=environment.cpu_flags,
+        gpus=environment.gpus,
+        driver=environment.driver,
+        is_here=environment.is_here,
+        machine=machine_of(environment),
         origins={"device": why_device, "dtype": why_dtype, "context": why_context, "batch": request.origin("batch")},
     )
 

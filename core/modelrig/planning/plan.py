@@ -46,6 +46,7 @@ class RigPlan:
         device_map: module name → device; "" is the whole model.
         ledger: bytes per device and moment.
         generation: what the checkpoint says of how to generate, each value with its origin.
+        companions: role → the plan of a further model that a part works with.
         notes: what is worth knowing and no error.
     """
 
@@ -66,6 +67,7 @@ class RigPlan:
     device_map: Mapping[str, str]
     ledger: Ledger
     generation: GenerationConfig = attrs.field(factory=GenerationConfig)
+    companions: Mapping[str, RigPlan] = attrs.field(factory=dict)
     notes: tuple[str, ...] = ()
 
     @property
@@ -112,6 +114,7 @@ class RigPlan:
             "dtype": self.dtype,
             "context": self.context,
             "batch": self.batch,
+            **({"companions": {role: one.hash for role, one in self.companions.items()}} if self.companions else {}),
         }
 
     def require_generation(self) -> None:
@@ -182,6 +185,7 @@ class RigPlan:
                 "dtype": self.facts.dtype,
             },
             "generation": self.generation.to_json(),
+            "companions": {role: one.to_json() for role, one in self.companions.items()},
             "environment": self.environment.to_json(),
             "notes": list(self.notes),
             "hash": self.hash,

@@ -25,4 +25,28 @@ def modelrig_decoders() -> list[Decoder]:
             rank=20,
             capabilities=DecoderCapabilities(samples=True),
         ),
+        Decoder(
+            name="prompt_lookup",
+            summary="drafts what followed the last tokens where they came before; the same tokens in fewer steps",
+            planner="modelrig_plugins.decoders.prompt_lookup:PromptLookupPlanner",
+            implementation="modelrig_plugins.decoders.prompt_lookup_module:PromptLookupDecoder",
+            rank=50,
+            capabilities=DecoderCapabilities(samples=True),
+        ),
+        Decoder(
+            name="draft_model",
+            summary="a small model drafts; the same tokens in fewer steps",
+            planner="modelrig_plugins.decoders.draft_model:DraftModelPlanner",
+            implementation="modelrig_plugins.decoders.draft_model_module:DraftModelDecoder",
+            rank=60,
+            capabilities=DecoderCapabilities(samples=True),
+        ),
+        Decoder(
+            name="beam",
+            summary="beam search: the best of the texts that the best beginnings lead to",
+            planner="modelrig_plugins.decoders.beam:BeamPlanner",
+            implementation="modelrig_plugins.decoders.beam_module:BeamDecoder",
+            rank=70,
+            capabilities=DecoderCapabilities(samples=True),
+        ),
     ]

@@ -1,25 +1,14 @@
-"""Plain decoding, one token a step: no drafts, and the sampler (argmax, as no temperature is set) has the last word."""
+"""Plain decoding, one token a step, as the call's options choose it: without a temperature the most likely one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
-
-
-class PlainRun:
-    def __init__(self, sampler: Callable[[Tensor], Tensor]) -> None:
-        self.sampler = sampler
-
-    def propose(self, last: Tensor) -> Tensor | None:  # noqa: ARG002 - protocol
-        return None
-
-    def accept(self, logits: Tensor, drafts: Tensor | None) -> Tensor:  # noqa: ARG002 - protocol
-        return self.sampler(logits[:, -1])[:, None]
+from modelrig.components import DecoderCall
+from modelrig.generation.decoding import PlainRun
 
 
 class GreedyDecoder:
     @staticmethod
-    def open(batch: int, sampler: Callable[[Tensor], Tensor], options: Any) -> PlainRun:  # noqa: ARG004 - protocol
-        return PlainRun(sampler)
+    def open(call: DecoderCall, options: Any) -> PlainRun:  # noqa: ARG004 - protocol
+        return PlainRun(call)

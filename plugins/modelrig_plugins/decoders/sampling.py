@@ -1,4 +1,4 @@
-"""Plain decoding with draws: the sampler the call made from its options draws instead of taking the maximum."""
+"""Plain decoding with draws: the call's options have a temperature."""
 
 from __future__ import annotations
 

@@ -1,0 +1,38 @@
+"""What looking drafts up in the text may be told."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from attrs import frozen
+
+from modelrig.components import Reason
+from modelrig.planning.needs import DecoderNeed
+
+MOST_DRAFTS = 64
+LONGEST_NGRAM = 16
+
+
+@frozen
+class PromptLookupOptions:
+    """`num_tokens`: drafts at most. `max_ngram`, `min_ngram`: how many of the last tokens are looked for in the text before them,
+    the longest first. `least_gain`: drafting pauses while a verification gains fewer tokens than this on average."""
+
+    num_tokens: int = 15
+    max_ngram: int = 5
+    min_ngram: int = 2
+    least_gain: float = 0.8
+
+
+class PromptLookupPlanner:
+    Options = PromptLookupOptions
+
+    @staticmethod
+    def check(need: DecoderNeed, options: PromptLookupOptions) -> Iterable[Reason]:  # noqa: ARG004 - protocol
+        if not 1 <= options.num_tokens <= MOST_DRAFTS:
+            yield Reason("decoder.num_tokens", f"num_tokens {options.num_tokens}: accepted is 1 to {MOST_DRAFTS}")
+        if not 1 <= options.min_ngram <= options.max_ngram <= LONGEST_NGRAM:
+            text = f"min_ngram {options.min_ngram} and max_ngram {options.max_ngram}: accepted is 1 to {LONGEST_NGRAM}, min first"
+            yield Reason("decoder.ngram", text)
+        if not 0 <= options.least_gain <= MOST_DRAFTS:
+            yield Reason("decoder.least_gain", f"least_gain {options.least_gain}: accepted is 0 to {MOST_DRAFTS}")
