@@ -19,13 +19,12 @@ from modelrig.loading.transport import drop_pages
 from modelrig.modules.linear import named
 from modelrig.planning.environment import read_environment
 from modelrig.planning.measured import Measured
-from modelrig_plugins.quantizers.none import CLASSES, FEW, NoneOptions, TunedOptions, few_rows_kernel, label
+from modelrig_plugins.quantizers.none import CLASSES, MOST_STEPPED, NoneOptions, TunedOptions, few_rows_kernel, label
 
 Kernel = Callable[[Tensor], Tensor]
 
 PATIENCE = 4  # calls of few tokens before a weight may be packed
 SPREAD = 12  # steps over which the weights of a model are packed
-MOST_STEPPED = 2 << len(FEW)  # as many rows are a prompt, fewer a step
 
 
 class DenseLinear:
@@ -60,9 +59,9 @@ class DenseLinear:
         if self.kernel in ("linear", "packed") or weight.device.type != "cpu":
             return (self.kernel if weight.device.type == "cpu" else "linear",) * CLASSES
         dtype = str(weight.dtype).removeprefix("torch.")
-        few = few_rows_kernel(dtype, self.flags)
-        one = "mv" if self.vector else "linear"
-        return tuple(one if place == 0 else few if place in FEW else "linear" for place in range(CLASSES))
+        counts = (1 << place for place in range(1, CLASSES))
+        several = (few_rows_kernel(dtype, self.flags, rows) if rows < MOST_STEPPED else "linear" for rows in counts)
+        return ("mv" if self.vector else "linear", *several)
 
     @staticmethod
     def tune(shapes: Iterable[tuple[int, int]], dtype: str, progress: Callable[[str], None]) -> Measured:
