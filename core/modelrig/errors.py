@@ -443,4 +443,5 @@ CODES: dict[str, str] = {
     "CA-ARGS": "impossible size, count or batch",
     "CA-STATE": "calls in the wrong order, or a state that is not of such a cache",
     "CA-REWIND": "rewind beyond what the cache keeps",
+    "CA-SPACE": "no room on disk for a cache that lies there",
 }
