@@ -54,7 +54,7 @@ def modelrig_caches() -> list[CacheImplementation]:
             summary="on disk for a model on the CPU, in main memory for one on a GPU; brought layer by layer",
             planner="modelrig_plugins.caches.offloaded:OffloadedPlanner",
             implementation="modelrig_plugins.caches.offloaded_module:OffloadedCache",
-            offers={"layout:bhsd", "rewind"},
+            offers={"layout:bhsd", "uniform", "rewind"},
             rank=70,
             capabilities=_CAPABILITIES,
         ),
