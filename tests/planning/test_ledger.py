@@ -11,6 +11,7 @@ from modelrig.planning import ledger as ledger_module
 from modelrig.planning.ledger import (
     ACTIVATIONS,
     CACHE,
+    CACHE_ON_DISK,
     GPU_CONTEXT,
     MAPPED,
     MOMENTS,
@@ -201,6 +202,25 @@ def test_a_model_without_layers_that_keep_anything_needs_no_cache() -> None:
     assert 0 == account(facts=facts(layers=())).cache_bytes(context=10, batch=1)
 
 
+class Elsewhere(rigs.Plain):
+    @staticmethod
+    def places(layers: object, batch: int, context: int, dtype: str, options: object, device: str) -> dict[str, int]:
+        return {"disk": 700} if device == "cpu" else {"cpu": 700, device: 30}
+
+
+def test_a_cache_counts_where_its_planner_says_that_it_lies() -> None:
+    on_cpu = account(cache=Elsewhere).draw(16, 1)
+    assert ("cpu", "disk") == on_cpu.devices
+    assert (700, 0) == (on_cpu.bytes_of(CACHE_ON_DISK, "disk", "run"), on_cpu.bytes_of(CACHE, "cpu", "run"))
+    usual = account().draw(16, 1)
+    assert usual.total("run", "cpu") - usual.bytes_of(CACHE, "cpu", "run") == on_cpu.total("run", "cpu")
+    on_gpu = account(cache=Elsewhere, device="cuda:0", weights=Weights(mapped=0, allocated=500, staging=300))
+    ledger = on_gpu.draw(16, 1)
+    assert (700, 30) == (ledger.bytes_of(CACHE, "cpu", "run"), ledger.bytes_of(CACHE, "cuda:0", "run"))
+    assert 700 == on_gpu.reserve("cpu", 16, 1)
+    assert 700 == account(cache=Elsewhere).reserve("disk", 16, 1)
+
+
 def test_prompts_run_in_the_parts_that_the_estimate_assumes() -> None:
     from modelrig.generation.loop import PREFILL_CHUNK
 
@@ -208,7 +228,7 @@ def test_prompts_run_in_the_parts_that_the_estimate_assumes() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16"])
-@pytest.mark.parametrize("cache", ["dynamic", "static", "sliding"])
+@pytest.mark.parametrize("cache", ["dynamic", "static", "sliding", "quantized", "offloaded"])
 def test_the_predicted_bytes_are_those_the_loaded_model_measures(llama_folder: Path, dtype: str, cache: str) -> None:
     import torch
 
@@ -223,4 +243,4 @@ def test_the_predicted_bytes_are_those_the_loaded_model_measures(llama_folder: P
         assert predicted.get(MAPPED, 0) == model.load_report.mapped_bytes
         held = model.new_cache(batch=2)
         model(torch.zeros(2, plan.context, dtype=torch.int64), cache=held)
-        assert predicted[CACHE] == held.nbytes
+        assert predicted[CACHE_ON_DISK if cache == "offloaded" else CACHE] == held.nbytes
