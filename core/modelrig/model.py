@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from modelrig.encoding.encoder import Encoded
     from modelrig.encoding.recipe import Recipe
     from modelrig.generation.calls import Caller
+    from modelrig.generation.grammars import Grammars
     from modelrig.generation.loop import Generation, Piece, Run
     from modelrig.generation.session import Session
     from modelrig.loading.progress import ProgressChoice
@@ -119,6 +120,7 @@ class Model:
         self._recipe: Recipe | None = None
         self.companions: Mapping[str, Model] = companions or {}
         self._makers: dict[str, DecoderMaker] = {}
+        self._grammars: Grammars | None = None
         self._dtype, self._device = getattr(torch, plan.dtype), torch.device(plan.device)
         self._step: Callable[..., Tensor] | None = self._parts["compilers"].compile(module, plan.choices["compilers"].options)
         self._pool = CachePool(plan, self.new_cache)
@@ -206,6 +208,7 @@ class Model:
         self._pool.close()
         self._parts.clear()
         self._makers.clear()
+        self._grammars = None
         for model in self.companions.values():
             model.close()
 
@@ -405,6 +408,7 @@ class Model:
     def _caller(self) -> Caller:
         from modelrig.generation.calls import Caller
         from modelrig.generation.feeding import Engine
+        from modelrig.generation.grammars import Grammars
 
         step = self.step
         engine = Engine(
@@ -418,7 +422,9 @@ class Model:
             eos_ids=tuple(self.tokenizer.eos_ids if self.tokenizer is not None else self.plan.eos_ids),
             other_form=self._other_form,
         )
-        return Caller(self.plan, engine, self._pool, self._maker_of, self.companions)
+        if self._grammars is None:
+            self._grammars = Grammars(self.plan.request, self.tokenizer, self.plan.facts.vocab_size, self._other_form)
+        return Caller(self.plan, engine, self._pool, self._maker_of, self.companions, self._grammars.compile)
 
     def _maker_of(self, choice: Choice) -> DecoderMaker:
         """The implementation of the decoder that was chosen, or of that for calls with a temperature."""

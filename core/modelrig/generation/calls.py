@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import attrs
 from attrs import frozen
 
 from modelrig.components import Decoder
@@ -13,11 +14,12 @@ from modelrig.generation.defaults import Call
 from modelrig.generation.feeding import Engine
 from modelrig.generation.inputs import as_prompts
 from modelrig.generation.loop import Run
+from modelrig.generation.options import Grammar
 from modelrig.planning.negotiation import Choice
 from modelrig.planning.tokenizer_files import no_text
 
 if TYPE_CHECKING:
-    from modelrig.components import Cache, DecoderMaker
+    from modelrig.components import Cache, DecoderMaker, TokenMask
     from modelrig.generation.caches import CachePool
     from modelrig.planning.plan import RigPlan
 
@@ -34,6 +36,7 @@ class Caller:
         pool: caches for calls that bring none of their own.
         maker_of: the implementation of a decoder that was chosen.
         companions: role → further model.
+        compile: what makes the masks of a grammar, in a call that these ids end.
     """
 
     plan: RigPlan
@@ -41,6 +44,7 @@ class Caller:
     pool: CachePool
     maker_of: Callable[[Choice], DecoderMaker]
     companions: Mapping[str, Any]
+    compile: Callable[[Grammar, Sequence[int]], Callable[[], TokenMask]]
 
     def start(self, prompt: Any, messages: Sequence[Message] | None, cache: Cache | None, given: dict[str, Any]) -> Run:
         """See `modelrig.model.Model.start`."""
@@ -124,13 +128,16 @@ class Caller:
         **more: Any,
     ) -> Run:
         choice = self._decoder(call)
+        options = call.options
+        if isinstance(options.constraint, Grammar):
+            options = attrs.evolve(options, constraint=self.compile(options.constraint, self.engine.end_ids(options)))
         return Run(
             self.engine,
             self.maker_of(choice),
             cache,
             prompts,
             histories,
-            call.options,
+            options,
             limit,
             choice.options,
             companions=self.companions,

@@ -79,7 +79,7 @@ class Run:
             raise no_text(engine.other_form, "find a text to stop at in its ids", locus="stop")
         self.engine, self.prompts, self._options = engine, prompts, options
         self._limit, self._returns, self._ranks = limit, returns, ranks
-        self._stop_ids = frozenset({*(() if options.ignore_eos else engine.eos_ids), *(options.stop_ids or ())})
+        self._stop_ids = frozenset(engine.end_ids(options))
         self._feeder = Feeder(engine, cache, prompts, histories, extra)
         copies_of = getattr(decoder, "copies", None)
         self._copies: int = returns if copies_of is None else copies_of(decoder_options)

@@ -12,7 +12,7 @@ from typing import Any
 
 from attrs import evolve, frozen
 
-from modelrig.components import SLOTS, Component, Quantizer, Reason
+from modelrig.components import KINDS, SLOTS, Component, Quantizer, Reason
 from modelrig.errors import PluginError, RequestError, quoted
 from modelrig.planning.needs import NEEDS, PLAIN, Need, Situation
 from modelrig.planning.options import OptionsError, structure
@@ -77,7 +77,7 @@ class Field:
 def check_preferences(request: Request, registry: Registry) -> None:
     """A preferred name that is nobody's is a mistake. Raises `RequestError` (RQ-NAME)."""
     for name in request.prefer:
-        if not any(name in (one.name, one.id) for kind in SLOTS.values() for one in registry.components(kind)):
+        if not any(name in (one.name, one.id) for kind in KINDS for one in registry.components(kind)):
             origin = request.origin("prefer")
             raise RequestError("RQ-NAME", f"no component is called {quoted(name)} (prefer: {origin})", locus="prefer")
 
