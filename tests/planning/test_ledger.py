@@ -150,7 +150,7 @@ def test_pages_that_copies_replace_are_needed_where_no_copies_are_made() -> None
 
 def test_what_a_device_needs_beside_weights_is_kept_for_it() -> None:
     one = account(device="cuda:0")
-    cache, activations = one.cache_bytes(16, 1), activation_bytes(facts(), 1, 16, "float32")
+    (cache,), activations = one.cache_places("cuda:0", 16, 1, facts().cached_layers).values(), activation_bytes(facts(), 1, 16, "float32")
     context = ledger_module.GPU_CONTEXT_BYTES
     assert [context + cache + activations, context + activations, 300, 0] == [
         one.reserve("cuda:0", 16, 1),
@@ -198,8 +198,8 @@ def test_on_a_gpu_conversion_happens_in_main_memory_and_cuda_takes_its_share() -
 
 
 def test_a_model_without_layers_that_keep_anything_needs_no_cache() -> None:
-    assert 2 * 4 * 16 * 10 * 4 == account(facts=facts(spec())).cache_bytes(context=10, batch=1)
-    assert 0 == account(facts=facts(layers=())).cache_bytes(context=10, batch=1)
+    assert 2 * 4 * 16 * 10 * 4 == account(facts=facts(spec())).cache_places("cpu", 10, 1, (spec(),))["cpu"]
+    assert {} == account(facts=facts(layers=())).cache_places("cpu", 10, 1, ())
 
 
 class Elsewhere(rigs.Plain):

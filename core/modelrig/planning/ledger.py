@@ -269,17 +269,13 @@ class Account:
     copies: int = 0
     beside: tuple[Line, ...] = ()
 
-    def cache_bytes(self, context: int, batch: int, layers: Sequence[AttentionSpec] | None = None) -> int:
-        """Of `layers`; by default of all that keep keys and values."""
-        layers = self.facts.cached_layers if layers is None else layers
-        rows = [batch, batch * self.copies] if self.copies else [batch]
-        return (
-            sum(int(self.cache.nbytes(layers, count, context, self.dtype, self.cache_options)) for count in rows) if layers else 0
-        )
-
     def cache_places(self, device: str, context: int, batch: int, layers: Sequence[AttentionSpec]) -> dict[str, int]:
-        """Where the bytes of `layers`, which `device` runs, lie: device → bytes."""
-        return cache_places(self.cache, self.cache_options, self.dtype, device, context, batch, layers)
+        """Where the bytes of `layers`, which `device` runs, lie: device → bytes; a cache of prompts and one of copies are two."""
+        total: dict[str, int] = {}
+        for rows in [batch, batch * self.copies] if self.copies else [batch]:
+            for place, size in cache_places(self.cache, self.cache_options, self.dtype, device, context, rows, layers).items():
+                total[place] = total.get(place, 0) + size
+        return total
 
     def draw(self, context: int, batch: int) -> Ledger:
         """The ledger at `context` tokens of `batch` sequences."""
