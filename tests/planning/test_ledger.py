@@ -222,7 +222,7 @@ def test_a_cache_counts_where_its_planner_says_that_it_lies() -> None:
 
 
 def test_prompts_run_in_the_parts_that_the_estimate_assumes() -> None:
-    from modelrig.generation.loop import PREFILL_CHUNK
+    from modelrig.generation.feeding import PREFILL_CHUNK
 
     assert PREFILL_CHUNK == PREFILL_TOKENS
 
