@@ -208,6 +208,7 @@ FOREIGN_VARIABLES = {
     "HF_ENDPOINT": "another server than the hub's own",
     "CUDA_VISIBLE_DEVICES": "the GPUs that are there for this process",
     "OMP_NUM_THREADS": "threads torch computes with on the CPU",
+    "XDG_CACHE_HOME": "where `modelrig bench --tune` keeps what it measured; by default `~/.cache`",
 }
 
 

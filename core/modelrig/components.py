@@ -100,7 +100,8 @@ class Component:
 
     `offers` and `needs` link kinds with an open vocabulary: a component fits beside another only if each token it `needs` of that
     kind stands in the other's `offers`. Tokens of ours: `fixed_address`, `rewind` (caches), `layout:bhsd` (caches: keys and
-    values as [batch, heads, slots, head_dim]), `fullgraph` (attention, caches, quantizers: traceable without a graph break).
+    values as [batch, heads, slots, head_dim]), `uniform` (caches: every query sees the keys before it alike, none held twice, and
+    their indices have no gap), `fullgraph` (attention, caches, quantizers: traceable without a graph break).
     """
 
     kind: ClassVar[str]
@@ -193,6 +194,7 @@ class CacheCapabilities:
     dtypes: frozenset[str] = field(converter=_names)
     layers: frozenset[str] = field(converter=_names)  # layer kinds it can hold: full, sliding
     batched: bool = True
+    lossy: bool = False  # gives back other numbers than it was given; then `auto` never takes it
 
 
 @frozen(kw_only=True)
@@ -266,11 +268,13 @@ DESCRIPTORS: dict[str, type[Component]] = {
 
 
 class Planner(Protocol):
-    """The least a planner of a negotiated kind offers. Both attributes are optional.
+    """What a planner of a negotiated kind may offer; all of it is optional.
 
     `Options` is an attrs class: the keys a user may set with `--set <slot>.<key>=<value>`.
     `check(need, options)` returns reasons that capabilities as data cannot express; an empty iterable means it fits.
-    `need` is the kind's need (`modelrig.planning.needs`).
+    `settle(need, options)` returns the options as this model and machine will use them, once `check` found nothing: whatever
+    `auto` in them means here. `notes(need, options)` are remarks for the plan, if the component is chosen.
+    `need` is the kind's need (`modelrig.planning.needs`); `need.probe` tries out in a child process what only an import can tell.
     """
 
     Options: type[Any]
@@ -520,6 +524,7 @@ class ModelFacts:
     context_length: int  # longest sequence the config was made for
     dtype: str | None  # what config.json asks for
     generates: bool = True  # False for an encoder, which has neither cache nor decoder
+    experts_per_token: int = 0  # of each stack of experts; 0 where there is none
     token_types: int = 0  # kinds of tokens that inputs tell apart (`token_type_ids`)
     position_limit: int | None = None  # no sequence can be longer, since positions are rows of a table
     ignored: tuple[str, ...] = ()  # stored tensors the module does not use, on purpose (e.g. rotary inv_freq)
@@ -579,10 +584,8 @@ class TensorSpec:
 
 
 class QuantizerPlanner(Protocol):
-    """Two more methods are optional. `settle(need, options)` returns the options as this model and machine will use them, once
-    `check` found nothing: whatever `auto` in them means here. `copies(parameter, dtype, options)` is an estimate of the bytes
-    of a second copy that the kernel on CPU makes of a weight while generating.
-    """
+    """One more method is optional: `copies(parameter, dtype, options)` is an estimate of the bytes of a second copy that the kernel
+    on CPU makes of a weight while generating."""
 
     def outputs(self, parameter: Parameter, dtype: str, options: Any) -> tuple[TensorSpec, ...]:
         """What `parameter` becomes in memory when the model computes in `dtype`."""
@@ -592,7 +595,11 @@ class QuantizerPlanner(Protocol):
 class LinearMaker(Protocol):
     """Created once per model: `implementation(options)`.
 
-    `vector` says in which shape it wants a single token: [in] rather than [1, in].
+    `vector` says in which shape it wants a single token: [in] rather than [1, in]. Two things are optional. Kernels may have an
+    attribute `name_at(rows)`, what multiplies so many rows, for `Model.kernels` (`modelrig.modules.linear.named`). A static method
+    `tune(shapes, dtype, progress)` measures kernels for weights [out, in] of these shapes, telling `progress` a line for each, and
+    returns {weight: {rows: {kernel: seconds}}}: `modelrig bench --tune` keeps it for this machine, under the component's full id,
+    and the planner finds it again (`modelrig.planning.measured`).
     """
 
     vector: bool
@@ -631,7 +638,12 @@ class CachePlanner(Protocol):
 
 
 class LayerCache(Protocol):
-    """Keys and values of one layer."""
+    """Keys and values of one layer.
+
+    Those of a cache that offers `fixed_address` also have `keys` and `values`, buffers [batch, kv_heads, slots, dim], and
+    `place(slots)`: what `update` does with them in this step, as (int64 [count], the slots it writes; int64 [n], the index that
+    each of the first n slots then holds, which are what it returns), or None if it does otherwise.
+    """
 
     def update(self, k: Tensor, v: Tensor, slots: Slots) -> tuple[Tensor, Tensor]:
         """Store k, v [batch, kv_heads, count, dim] of this step; returns what the step's queries may attend to, these included."""
@@ -811,8 +823,12 @@ class DecoderMaker(Protocol):
 class StepCompiler(Protocol):
     """Compiles what every token passes through."""
 
-    def compile(self, step: Callable[..., Any], options: Any) -> Callable[..., Any]:
-        """A callable that does what `step(ids, slots, last_only)` does, or with an encoder's further argument."""
+    def compile(self, module: nn.Module, options: Any) -> Callable[..., Any]:
+        """A callable that does what `module.step(ids, slots, last_only)` does, or with an encoder's further argument.
+
+        A module whose blocks can be compiled one by one has a `modelrig.modules.network.Blocks`. Where only steps of some widths
+        are compiled, the callable says which in `widths`, in rising order: a step of fewer tokens is best padded to the next.
+        """
         ...
 
 

@@ -422,6 +422,7 @@ CODES: dict[str, str] = {
     "PL-DISABLED": "a plugin or component that was asked for was disabled",
     "PL-CONFLICT": "two distributions use the same plugin name",
     "PL-CONTRACT": "a component did not do what its kind's protocol asks",
+    "PL-KERNEL": "none of the kernels that a component may use can compute this",
     # loading, saving and caches
     "LD-TENSORS": "tensors missing, unexpected or misshapen",
     "LD-DTYPE": "a stored dtype that cannot fill the parameter",
@@ -430,6 +431,8 @@ CODES: dict[str, str] = {
     "LD-TIE": "a tensor that the module shares under several names is stored with different values",
     "LD-STREAM": "weights that are streamed cannot be used in this way",
     "LD-CLOSED": "the model was closed",
+    "LD-COMPILE": "the step cannot be compiled",
+    "LD-STORE": "compiled code lies where others than its user may write",
     "SV-ARGS": "an argument of a save that cannot be used",
     "SV-TARGET": "a folder a save must not or cannot replace",
     "SV-TENSOR": "tensors that cannot be read: found before anything is written",

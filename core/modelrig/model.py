@@ -122,7 +122,7 @@ class Model:
         self._makers: dict[str, DecoderMaker] = {}
         self._grammars: Grammars | None = None
         self._dtype, self._device = getattr(torch, plan.dtype), torch.device(plan.device)
-        self._step: Callable[..., Tensor] | None = self._parts["compilers"].compile(module.step, plan.choices["compilers"].options)
+        self._step: Callable[..., Tensor] | None = self._parts["compilers"].compile(module, plan.choices["compilers"].options)
         self._pool = CachePool(plan, self.new_cache)
 
     # ------------------------------------------------------------------------------------------ parts
@@ -163,6 +163,12 @@ class Model:
             "process": int(resident.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if resident.exists() else 0,
         }
 
+    def kernels(self, rows: int = 1) -> dict[str, int]:
+        """Which kernels multiply the weights in a step of `rows` tokens (of all sequences): name → how many weights."""
+        from modelrig.modules.linear import count_kernels
+
+        return count_kernels(self.module, rows, self.plan.choices["quantizers"].name)
+
     def save(
         self,
         directory: str | os.PathLike[str],
@@ -189,18 +195,9 @@ class Model:
         from modelrig.saving.model import save_model
 
         self._require_open()
-        return save_model(
-            self.module,
-            self.plan,
-            self._parts["formats"],
-            directory,
-            format=format,
-            max_shard_size=max_shard_size,
-            dtype=dtype,
-            variant=variant,
-            progress=progress,
-            open_file=None if self._streamer is None else self._streamer.filler.file,
-        )
+        open_file = None if self._streamer is None else self._streamer.filler.file
+        options = {"format": format, "max_shard_size": max_shard_size, "dtype": dtype, "variant": variant, "progress": progress}
+        return save_model(self.module, self.plan, self._parts["formats"], directory, open_file=open_file, **options)
 
     def close(self) -> None:
         """Let go of weights and caches; safe to call twice."""

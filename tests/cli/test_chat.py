@@ -17,9 +17,11 @@ from typing import Any
 import pytest
 
 import modelrig
+from automata import constraint, plugin
 from checkpoints import write_llama
 from modelrig.cli import main
 from modelrig.generation.session import Session
+from modelrig.registry import temporary
 
 FLAGS = ("--max-new-tokens", "8")
 
@@ -55,6 +57,13 @@ def answers(model: modelrig.Model, *messages: str, system: str | None = None) ->
 
 
 # ------------------------------------------------------------------------------------------------ over a pipe
+
+
+def test_every_answer_keeps_to_a_constraint(tiny: modelrig.Model, chat: Any) -> None:
+    word = tiny.tokenizer.encode("word", add_special_tokens=False)
+    with temporary(plugin(constraint()), "acme"):
+        code, out, _ = chat("one\ntwo\n", "--constraint", f"ids={[[token] for token in word]}")
+    assert (0, "word\nword\n") == (code, out)
 
 
 def test_each_line_is_answered_in_one_conversation(tiny: modelrig.Model, chat: Any) -> None:
@@ -147,18 +156,18 @@ def test_a_model_without_a_tokenizer_or_template_says_so(chat: Any, llama_folder
 def test_ctrl_c_stops_an_answer_and_keeps_what_there_is(tiny: modelrig.Model, chat: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from modelrig.generation.loop import Run
 
-    step, calls = Run._step, []
+    step, calls = Run._drafts, []
 
-    def interrupted(self: Any, last: Any) -> Any:
+    def interrupted(self: Any) -> Any:
         calls.append(1)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return step(self, last)
+        return step(self)
 
     sessions: list[Session] = []
     make = modelrig.Model.session
     monkeypatch.setattr(modelrig.Model, "session", lambda self: sessions.append(make(self)) or sessions[0])
-    monkeypatch.setattr(Run, "_step", interrupted)
+    monkeypatch.setattr(Run, "_drafts", interrupted)
     code, out, err = chat("add two numbers\nmore\n")
     monkeypatch.undo()
     (session,) = sessions

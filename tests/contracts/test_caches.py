@@ -19,7 +19,8 @@ LAYERS = (
     AttentionSpec(num_heads=6, num_key_value_heads=2, head_dim=10, value_dim=10, scale=1.0),
     AttentionSpec(num_heads=6, num_key_value_heads=3, head_dim=4, value_dim=7, scale=1.0),
 )
-CACHES = ["dynamic", "static", "sliding"]
+CACHES = ["dynamic", "static", "sliding", "quantized"]
+LOSSY = {"quantized"}  # with tests of its own for what it shows of old tokens
 
 
 def make(name: str, batch: int = 2, capacity: int = 600, padding: list[int] | None = None) -> Any:
@@ -45,7 +46,7 @@ def feed(cache: Any, tokens: torch.Tensor) -> list[tuple[torch.Tensor, torch.Ten
     return seen
 
 
-@pytest.mark.parametrize("name", CACHES)
+@pytest.mark.parametrize("name", [name for name in CACHES if name not in LOSSY])
 def test_what_was_written_is_seen_in_order(name: str) -> None:
     cache = make(name)
     tokens = torch.arange(2 * 500).view(2, 500)

@@ -19,6 +19,7 @@ from modelrig.planning.pipeline import make_plan
 from modelrig.planning.placement_maps import resolve
 from modelrig.planning.plan import RigPlan
 from modelrig.registry import temporary
+from modelrig_plugins.quantizers.none import NonePlanner
 from rigs import gpu, machine
 
 GB = 10**9
@@ -236,19 +237,26 @@ def test_kernels_use_weights_that_are_streamed_where_they_lie(deep: Path) -> Non
     flags = frozenset({"avx512f", "avx512_bf16"})
     environment = evolve(read_environment(), cpu_flags=flags, memory=machine(8 * GB).memory)
     common: dict[str, Any] = {"dtype": "bfloat16", "environment": environment}
-    whole = plan_of(deep, **common)
-    assert "packed" == whole.choices["quantizers"].options.kernel
+    packed: dict[str, Any] = {"quantizer": {"name": "none", "kernel": "packed"}, **common}
+    assert "packed" == plan_of(deep, **packed).choices["quantizers"].options.kernel
     streamed = plan_of(deep, device_map={"": "cpu", "model.layers.1": "disk"}, **common)
-    assert "mv" == streamed.choices["quantizers"].options.kernel
+    assert "linear" == streamed.choices["quantizers"].options.kernel
     assert not any("own layout" in line.what for line in streamed.ledger)
-    with pytest.raises(PlanError, match="packed keeps a copy"):
-        plan_of(deep, device_map={"": "cpu", "model.layers.1": "disk"}, quantizer={"name": "none", "kernel": "packed"}, **common)
+    with pytest.raises(PlanError, match="packed keeps copies"):
+        plan_of(deep, device_map={"": "cpu", "model.layers.1": "disk"}, **packed)
 
 
-def test_copies_that_a_limit_does_not_take_are_given_up_before_weights_are_streamed(deep: Path) -> None:
+def test_copies_that_a_limit_does_not_take_are_given_up_before_weights_are_streamed(
+    deep: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a quantizer that settles on them by itself; those that were asked for are an error instead."""
     environment = evolve(read_environment(), cpu_flags=frozenset({"avx512f", "avx512_bf16"}), memory=machine(8 * GB).memory)
     common: dict[str, Any] = {"dtype": "bfloat16", "environment": environment}
-    needed = plan_of(deep, **common).ledger.peak("cpu", with_mapped=True, with_copies=False)
+    packed: dict[str, Any] = {"quantizer": {"name": "none", "kernel": "packed"}, **common}
+    needed = plan_of(deep, **packed).ledger.peak("cpu", with_mapped=True, with_copies=False)
+    with pytest.raises(PlanError, match=r"(?s)cpu needs .*packed keeps copies"):
+        plan_of(deep, max_memory=needed, **packed)
+    monkeypatch.setattr(NonePlanner, "settle", lambda need, options: evolve(options, kernel="mv" if need.streamed else "packed"))
     plan = plan_of(deep, max_memory=needed, **common)
     assert ({"": "cpu"}, "mv") == (plan.device_map, plan.choices["quantizers"].options.kernel)
 

@@ -76,6 +76,14 @@ def test_auto_never_makes_a_model_lossier_even_when_nothing_else_fits() -> None:
     assert ["auto.lossy"] == [reason.code for reason in caught.value.refused["quantizers"]["int8"]]
 
 
+def test_auto_takes_no_cache_that_loses_something_even_when_nothing_else_fits() -> None:
+    parts = [*(part for part in rigs.house() if part.kind != "caches"), rigs.cache("packed", lossy=True)]
+    with pytest.raises(PlanError) as caught:
+        choose(registry(*parts))
+    assert ["auto.lossy"] == [reason.code for reason in caught.value.refused["caches"]["packed"]]
+    assert "packed" == choose(registry(*parts), cache="packed").choices["caches"].component
+
+
 def test_auto_reads_a_quantized_checkpoint_with_the_part_that_reads_its_scheme() -> None:
     result = choose(registry(*rigs.house(), rigs.quantizer("awq", reads={"awq"})), situation(scheme="awq"))
     assert "awq" == result.choices["quantizers"].component

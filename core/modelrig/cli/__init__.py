@@ -25,6 +25,7 @@ COMMANDS = {
     "inspect": "Show what a checkpoint holds.",
     "run": "Load a model and complete a prompt.",
     "chat": "Talk with a model.",
+    "bench": "Measure how fast a model is, next to what this machine allows.",
     "convert": "Write a checkpoint in another format, dtype, or number of files.",
     "plugins": "List what is installed, in which state, and why.",
     "doctor": "Look for what is wrong with this installation.",

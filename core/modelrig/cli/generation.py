@@ -31,7 +31,7 @@ HELP = {
     "besides says which component serves it",
 }
 LARGEST_FILE = 4 << 20
-WHOLE = ("max_new_tokens", "min_new_tokens", "top_k", "num_return_sequences", "stop_ids", "seed")
+WHOLE = ("max_new_tokens", "min_new_tokens", "top_k", "num_return_sequences", "pad_to_multiple_of", "stop_ids", "seed")
 
 
 def generation_options(command: F) -> F:
@@ -112,9 +112,10 @@ def require_served(plan: RigPlan, generation: Mapping[str, Any]) -> None:
 def figures(result: Generation) -> str:
     """One line about a generation, for people."""
     stats = result.stats
+    drafts = f"{stats.accepted_tokens} of {stats.drafted_tokens} drafts accepted · " if stats.drafted_tokens else ""
     return (
         f"{stats.prompt_tokens} prompt tokens in {stats.prefill_seconds:.2f} s · {stats.new_tokens} new tokens in "
-        f"{stats.decode_seconds:.2f} s ({stats.tokens_per_second:.1f} tokens/s) · peak memory "
+        f"{stats.decode_seconds:.2f} s ({stats.tokens_per_second:.1f} tokens/s) · {drafts}peak memory "
         f"{stats.peak_memory_bytes / 2**20:,.0f} MiB · finished: {result.finish_reason}"
     )
 

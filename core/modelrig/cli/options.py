@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import click
@@ -42,7 +43,34 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
             request["config"] = config
         return command(*args, request=request, **options)
 
-    decorated: Callable[..., Any] = with_request
+    return _with_flags(with_request, several=False)
+
+
+def settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds the same flags, each of which may be given several times; the command gets `requests`, one for each combination, as
+    (what was given several times and is in this one, the keyword arguments for `modelrig.plan`)."""
+
+    @functools.wraps(command)
+    def with_requests(*args: Any, settings: tuple[str, ...], config: str | None, **options: Any) -> Any:
+        given: dict[str, Sequence[Any]] = {key: [read_text(key, text) for text in options.pop(key)] for key in FLAGS}
+        for name, value in map(_setting, settings):
+            given.setdefault(name, []).append(value)  # type: ignore[attr-defined]
+        return command(*args, requests=list(_combined(given, {} if config is None else {"config": config})), **options)
+
+    return _with_flags(with_requests, several=True)
+
+
+def _combined(given: Mapping[str, Sequence[Any]], common: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    asked = {key: values for key, values in given.items() if values}
+    for values in itertools.product(*asked.values()):
+        one = dict(zip(asked, values, strict=True))
+        request = {**common, **{key: value for key, value in one.items() if key in FLAGS}}
+        if options := {key: value for key, value in one.items() if key not in FLAGS}:
+            request["set"] = options
+        yield {key: value for key, value in one.items() if len(asked[key]) > 1}, request
+
+
+def _with_flags(decorated: Callable[..., Any], *, several: bool) -> Callable[..., Any]:
     decorated = click.option("--config", metavar="FILE", help="a TOML file instead of modelrig.toml in the working directory")(
         decorated
     )
@@ -54,7 +82,7 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
         help="an option of a component, such as quantizer.group_size=64",
     )(decorated)
     for key, (metavar, text) in reversed(FLAGS.items()):
-        decorated = click.option(f"--{key.replace('_', '-')}", key, metavar=metavar, help=text)(decorated)
+        decorated = click.option(f"--{key.replace('_', '-')}", key, metavar=metavar, help=text, multiple=several)(decorated)
     return decorated
 
 

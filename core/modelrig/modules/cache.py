@@ -63,6 +63,10 @@ class ContiguousLayer:
         for name, view in self.held(length).items():
             view.copy_(exported[name])
 
+    def place(self, slots: Slots) -> tuple[Tensor, Tensor] | None:
+        """See `modelrig.components.LayerCache`."""
+        return slots.index, slots.key_index[: slots.end]
+
 
 class ContiguousCache:
     """Implements the `Cache` protocol's bookkeeping over `ContiguousLayer`s."""

@@ -21,7 +21,7 @@ from modelrig.checkpoint.rope import RopeSpec
 from modelrig.components import AttentionSpec, LayerCache
 from modelrig.modules.embedding import Embedding
 from modelrig.modules.linear import Linear
-from modelrig.modules.network import BuildContext, Masks, Network
+from modelrig.modules.network import Blocks, BuildContext, Masks, Network
 from modelrig.modules.rotary import Rotary, Rotation, apply_rotary
 from modelrig.modules.slots import Slots
 
@@ -189,7 +189,7 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         self.embed_tokens = Embedding(vocab, hidden, context.dtype)
-        self.layers = nn.ModuleList(blocks)
+        self.layers = Blocks(blocks)
         self.norm = norm
         self.scale = float(torch.tensor(scale, dtype=context.dtype)) if rounds_scale else scale
         distinct = tuple(dict.fromkeys(rope for rope in ropes if rope is not None))
@@ -203,7 +203,9 @@ class Decoder(nn.Module):
         if self.scale != 1.0:
             x = x * self.scale
         rotations = [*(rotary(slots.positions) for rotary in self.rotaries), None]
-        for block, rotary, mask, layer in zip(self.layers, self.rotary_of_layer, self.masks(slots), slots.layers, strict=True):
+        for block, rotary, mask, layer in zip(
+            self.layers.calls, self.rotary_of_layer, self.masks(slots), slots.layers, strict=True
+        ):
             x = block(x, rotations[rotary], mask, slots, layer)
         return self.norm(x)
 

@@ -45,6 +45,11 @@ class Experts(nn.Module):
         pairs = zip(self.gate_up_proj, self.down_proj, strict=True)
         self.kernels = [(linear.make_linear(gate_up, None), linear.make_linear(down, None)) for gate_up, down in pairs]
 
+    @property
+    def bound(self) -> tuple[Kernel, ...]:
+        """Its kernels, for `count_kernels`."""
+        return tuple(kernel for pair in self.kernels for kernel in pair)
+
     def forward(self, x: Tensor, which: Tensor, share: Tensor) -> Tensor:
         """x [n, hidden] or [hidden]; `which` and `share` [n, chosen] or [chosen], float32 → like x."""
         if torch.compiler.is_compiling():

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -12,11 +13,13 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from modelrig.components import LinearMaker
 
+Kernel = Callable[[Tensor], Tensor]
+
 
 class Linear(nn.Module):
     """y = x · weightᵀ + bias. Before `bind` it computes with `F.linear`; afterwards with the quantizer's kernel."""
 
-    kernel: Callable[[Tensor], Tensor] | None
+    kernel: Kernel | None
 
     def __init__(self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype) -> None:
         super().__init__()
@@ -31,3 +34,25 @@ class Linear(nn.Module):
         if self.kernel is None:
             return F.linear(x, self.weight, self.bias)
         return self.kernel(x)
+
+    @property
+    def bound(self) -> tuple[Kernel | None, ...]:
+        """Its kernels, for `count_kernels`."""
+        return (self.kernel,)
+
+
+def named(kernel: Kernel, name_at: Callable[[int], str]) -> Kernel:
+    """`kernel`, saying how it multiplies a number of rows: `name_at(rows)`."""
+    kernel.name_at = name_at  # type: ignore[attr-defined]
+    return kernel
+
+
+def count_kernels(module: nn.Module, rows: int, usual: str) -> dict[str, int]:
+    """Name of a kernel → how many weights of `module` it multiplies in a step of `rows` rows; `usual` where one does not say."""
+    bound = (kernel for part in module.modules() for kernel in getattr(part, "bound", ()))
+    return dict(Counter(_name(kernel, rows, usual) for kernel in bound))
+
+
+def _name(kernel: Any, rows: int, usual: str) -> str:
+    name_at = getattr(kernel, "name_at", None)
+    return usual if name_at is None else str(name_at(rows))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
+
 import torch
 from attrs import frozen
-from torch import nn
+from torch import Tensor, nn
 
 from modelrig.components import AttentionKernel, AttentionSpec, LinearMaker
 from modelrig.modules.slots import Slots
@@ -32,6 +34,23 @@ class Network(nn.Module):
         for module in list(self.modules())[1:]:
             if (bind := getattr(module, "bind", None)) is not None:
                 bind(linear)
+
+
+class Blocks(nn.ModuleList):
+    """The blocks of a decoder, in the order in which they run; parameters are named as in any `ModuleList`.
+
+    Attributes:
+        replaced: what a compiler runs in their place, one for each; None where they run themselves.
+    """
+
+    def __init__(self, blocks: Iterable[nn.Module]) -> None:
+        super().__init__(blocks)
+        self.replaced: Sequence[Callable[..., Tensor]] | None = None
+
+    @property
+    def calls(self) -> Iterable[Callable[..., Tensor]]:
+        """What runs, called as block(x, *others, mask, slots, layer), others being tensors and tuples of them, or None."""
+        return self if self.replaced is None else self.replaced
 
 
 class Masks:

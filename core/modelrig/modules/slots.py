@@ -33,8 +33,10 @@ class Visibility(NamedTuple):
     window: int | None
     causal: bool
     past: int | None
-    seen_from: Tensor | None = None  # int64 [slots]: the first query index that sees the slot; None when that is the key's own
-    seen_until: Tensor | None = None  # int64 [slots]: the query index from which on the slot is not seen; None when all may
+    #: int64 [slots], or [batch, slots] where padded rows differ: the first query that sees the slot; None: its own
+    seen_from: Tensor | None = None
+    #: of the same shape: the query from which on the slot is not seen; None: all may see it
+    seen_until: Tensor | None = None
 
     def dense(self) -> Tensor:
         """The mask as bool [batch or 1, 1, count, slots], true where a query may look.
@@ -47,12 +49,12 @@ class Visibility(NamedTuple):
             seen = seen & (query - key < self.window)
         own = key == query
         if self.seen_from is not None:
-            seen, own = (mask & (query >= self.seen_from) for mask in (seen, own))
+            seen, own = (mask & (query >= self.seen_from[..., None, :]) for mask in (seen, own))
         if self.seen_until is not None:
-            seen, own = (mask & (query < self.seen_until) for mask in (seen, own))
-        if self.starts is None:
-            return seen[None, None]
-        return ((seen[None] & (key[None] >= self.starts[:, None, None])) | own[None])[:, None]
+            seen, own = (mask & (query < self.seen_until[..., None, :]) for mask in (seen, own))
+        if self.starts is not None:
+            seen = (seen & (key >= self.starts[:, None, None])) | own
+        return seen[:, None] if seen.dim() == 3 else seen[None, None]
 
 
 class Slots:

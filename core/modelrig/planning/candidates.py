@@ -6,16 +6,17 @@ component is considered: those `auto` would not take while another fits are neve
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from attrs import evolve, frozen
 
-from modelrig.components import KINDS, SLOTS, Quantizer, Reason
+from modelrig.components import KINDS, SLOTS, Component, Quantizer, Reason
 from modelrig.errors import PluginError, RequestError, quoted
 from modelrig.planning.needs import NEEDS, PLAIN, Need, Situation
 from modelrig.planning.options import OptionsError, structure
+from modelrig.planning.probes import Finding, Probe, find, not_asked
 from modelrig.planning.request import Request
 from modelrig.planning.rules import unary_reasons, unknown_links
 from modelrig.planning.solver import Part
@@ -66,6 +67,11 @@ class Field:
     need: Need
     candidates: tuple[Candidate, ...]
     absent: tuple[Refusal, ...] = ()
+    probe: Callable[[Probe], Finding | None] = not_asked
+
+    def need_of(self, candidate: Candidate) -> Need:
+        """The need as the candidate's planner sees it: only what was asked for by name may try something out."""
+        return self.need if candidate.place is None else evolve(self.need, probe=self.probe)
 
 
 def check_preferences(request: Request, registry: Registry) -> None:
@@ -96,7 +102,7 @@ def gather(slot: str, situation: Situation, request: Request, registry: Registry
         is_wanted = one.id in places or one.id in preferred
         if one.state == "active":
             reasons += [*unary_reasons(one.descriptor, need), *unknown_links(one.descriptor)]
-            if not is_wanted and isinstance(one.descriptor, Quantizer) and _is_lossier(one.descriptor, situation.scheme):
+            if not is_wanted and _is_lossier(one.descriptor, situation.scheme):
                 reasons.append(Reason("auto.lossy", "auto never makes a model lossier", f"ask for it: {slot}={one.name!r}"))
         candidates.append(
             Candidate(
@@ -108,7 +114,16 @@ def gather(slot: str, situation: Situation, request: Request, registry: Registry
                 reasons=tuple(reasons),
             )
         )
-    return Field(slot=slot, kind=kind, wish=wish, origin=origin, need=need, candidates=tuple(candidates), absent=tuple(absent))
+    return Field(
+        slot=slot,
+        kind=kind,
+        wish=wish,
+        origin=origin,
+        need=need,
+        candidates=tuple(candidates),
+        absent=tuple(absent),
+        probe=find if situation.is_here else not_asked,
+    )
 
 
 @contextmanager
@@ -149,9 +164,11 @@ def _state_reasons(one: Registered) -> Iterator[Reason]:
         yield Reason(f"plugin.{one.state}", f"{one.state}: {one.reason}", one.descriptor.install)
 
 
-def _is_lossier(quantizer: Quantizer, scheme: str) -> bool:
+def _is_lossier(descriptor: Component, scheme: str) -> bool:
     """Whether it would lose something the checkpoint still has. Reading what is quantised already loses nothing more."""
-    capabilities = quantizer.capabilities
+    capabilities = getattr(descriptor, "capabilities", None)
+    if not isinstance(descriptor, Quantizer):
+        return getattr(capabilities, "lossy", False)
     return not getattr(capabilities, "lossless", False) and not (scheme != PLAIN and scheme in getattr(capabilities, "reads", ()))
 
 
@@ -159,15 +176,15 @@ def check(field: Field, candidate: Candidate) -> Candidate:
     """The candidate with its options made and its planner asked. What fails becomes a reason, or an error where it is pinned."""
     if candidate.is_checked or candidate.reasons:
         return candidate
-    one, reasons, options = candidate.registered, [], None
+    one, need, reasons, options = candidate.registered, field.need_of(candidate), [], None
     try:
         planner = one.planner()
         options = structure(planner, candidate.given)
         ask = getattr(planner, "check", None)
-        reasons = [] if ask is None else [_reason(reason) for reason in ask(field.need, options)]
+        reasons = [] if ask is None else [_reason(reason) for reason in ask(need, options)]
         settle = getattr(planner, "settle", None)
         if settle is not None and not reasons:
-            options = settle(field.need, options)
+            options = settle(need, options)
     except OptionsError as error:
         if field.wish.is_pin:
             code, locus = ("RQ-UNKNOWN" if error.is_unknown else "RQ-VALUE"), f"{field.slot} {one.name}"

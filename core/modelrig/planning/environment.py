@@ -47,6 +47,7 @@ class Environment:
     cpu: str = "unknown"
     cpu_flags: frozenset[str] = frozenset()
     cores: int = 1  # that this process may run on, by affinity and quota
+    threads: int = 1  # that OMP_NUM_THREADS or MKL_NUM_THREADS says, else `cores`
     memory: Memory
     gpus: tuple[Gpu, ...] = ()  # in the order of torch's indices
     hidden_gpus: int = 0  # that CUDA_VISIBLE_DEVICES hides
@@ -54,6 +55,7 @@ class Environment:
     torch: str | None = None  # version
     torch_cuda: bool = False  # this build of torch can use GPUs
     packages: Mapping[str, str] = Factory(dict)
+    is_here: bool = False  # it is the machine this process runs on, so something may be tried out
 
     def available_bytes(self, device: str) -> int | None:
         """What is free on `device` (`"cpu"`, `"cuda:0"`) for this process; None if that is not known."""
@@ -78,12 +80,14 @@ def read_environment(environ: Mapping[str, str] | None = None, root: Path = Path
     """This machine. `environ` and `root` (where `/proc` and `/sys` are found) can be replaced."""
     environ = os.environ if environ is None else environ
     model, flags = read_cpu(root)
+    cores = read_cores(root)
     gpus, hidden, driver = visible_gpus(environ)
     torch = _find("torch")
     return Environment(
         cpu=model,
         cpu_flags=flags,
-        cores=read_cores(root),
+        cores=cores,
+        threads=_asked_threads(environ) or cores,
         memory=read_memory(root),
         gpus=gpus,
         hidden_gpus=hidden,
@@ -91,6 +95,7 @@ def read_environment(environ: Mapping[str, str] | None = None, root: Path = Path
         torch=torch.version if torch else None,
         torch_cuda=torch is not None and has_gpu_support(torch),
         packages={name: found.version for name in PACKAGES if (found := _find(name))},
+        is_here=root == Path("/"),
     )
 
 
@@ -119,6 +124,11 @@ def read_cores(root: Path) -> int:
         if quota.strip().isdigit() and period.strip().isdigit() and int(period):
             cores = min(cores, max(1, round(int(quota) / int(period))))
     return cores
+
+
+def _asked_threads(environ: Mapping[str, str]) -> int | None:
+    texts = (environ.get(name, "").strip() for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"))
+    return next((int(text) for text in texts if text.isdecimal() and 0 < len(text) < 5 and int(text)), None)
 
 
 # ------------------------------------------------------------------------------------------------ memory

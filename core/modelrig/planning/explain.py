@@ -54,7 +54,7 @@ def _rig(plan: RigPlan) -> Iterator[str]:
     for kind in (kind for kind in PLANNED if kind in plan.choices):
         choice = plan.choices[kind]
         options = plain_options(choice.options) or {}
-        set_to = f" ({', '.join(f'{key}={value}' for key, value in options.items())})" if options else ""
+        set_to = f" ({', '.join(f'{key}={_shortened(_plain(value))}' for key, value in options.items())})" if options else ""
         rows.append((SINGULAR[kind], choice.component + set_to, choice.why))
         sampling = plan.decoder_when_sampling
         if kind == "decoders" and sampling is not None and sampling.id != choice.id:
@@ -72,6 +72,10 @@ def _rig(plan: RigPlan) -> Iterator[str]:
 def _companion(plan: RigPlan) -> Iterator[str]:
     yield from _model(plan)
     yield f"  {summary(plan)}"
+
+
+def _plain(value: object) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def _layers(kinds: Sequence[LayerKind]) -> Iterator[str]:

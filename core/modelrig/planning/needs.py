@@ -15,6 +15,8 @@ from attrs import Factory, frozen
 from modelrig.checkpoint.config import ConfigReader
 from modelrig.components import AttentionSpec, ModelFacts
 from modelrig.errors import quoted
+from modelrig.planning.nvml import Gpu
+from modelrig.planning.probes import Finding, Probe, not_asked
 
 PLAIN = "none"  # the scheme of a checkpoint whose weights are not quantised
 BITSANDBYTES_4BIT = ("fp4", "nf4")
@@ -23,13 +25,17 @@ _METHOD = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 @frozen(kw_only=True)
 class Need:
-    """What all needs have. `device` is a device type (`"cpu"`, `"cuda"`), `dtype` the one the model computes in."""
+    """What all needs have. `device` is a device type (`"cpu"`, `"cuda"`), `dtype` the one the model computes in.
+
+    `probe` tries something out (`modelrig.planning.probes.find`), or answers None where the component was not asked for by name.
+    """
 
     device: str
     dtype: str
     batch: int = 1
     context: int = 1
     origins: Mapping[str, str] = Factory(dict)
+    probe: Callable[[Probe], Finding | None] = not_asked
 
 
 @frozen(kw_only=True)
@@ -43,6 +49,9 @@ class AttentionNeed(Need):
     sinks: bool
     unequal_value_dim: bool
     layers: tuple[AttentionSpec, ...]  # the distinct ones
+    cpu_flags: frozenset[str] = frozenset()
+    gpu: Gpu | None = None  # the one that runs, where it is known
+    driver: str | None = None  # its version
 
 
 @frozen(kw_only=True)
@@ -61,6 +70,8 @@ class QuantizerNeed(Need):
     scheme: str
     shapes: frozenset[tuple[int, ...]]  # the distinct shapes of linear weights [out, in]
     cpu_flags: frozenset[str] = frozenset()  # as /proc/cpuinfo names them; what kernels are fast here
+    multiplied: frozenset[tuple[int, int]] = frozenset()  # like `shapes`, with the head and single experts
+    machine: str = ""  # under which name `modelrig.planning.measured` keeps what was measured of its kernels
     streamed: bool = False  # weights do not stay where they are computed with, so kernels can keep no form of their own
 
 
@@ -73,6 +84,9 @@ class DecoderNeed(Need):
 @frozen(kw_only=True)
 class CompilerNeed(Need):
     """For whatever compiles the step."""
+
+    generates: bool = True
+    streamed: bool = False  # weights do not stay where they are computed with
 
 
 @frozen(kw_only=True)
@@ -87,7 +101,11 @@ class Situation:
     batch: int
     origins: Mapping[str, str]  # of device, dtype, context and batch
     cpu_flags: frozenset[str] = frozenset()
+    machine: str = ""  # its name in `modelrig.planning.measured`
     streamed: bool = False  # some weights are not on the device that runs
+    gpus: tuple[Gpu, ...] = ()
+    driver: str | None = None
+    is_here: bool = False  # planned for this machine
 
     @property
     def device_type(self) -> str:
@@ -109,6 +127,9 @@ def attention_need(at: Situation) -> AttentionNeed:
         sinks=any(spec.sinks for spec in layers),
         unequal_value_dim=any(spec.value_dim != spec.head_dim for spec in layers),
         layers=layers,
+        cpu_flags=at.cpu_flags,
+        gpu=next((gpu for gpu in at.gpus if gpu.device == at.device), None),
+        driver=at.driver,
     )
 
 
@@ -125,8 +146,16 @@ def quantizer_need(at: Situation) -> QuantizerNeed:
         scheme=at.scheme,
         shapes=frozenset(shapes),
         cpu_flags=at.cpu_flags,
+        multiplied=multiplied_shapes(at.facts),
+        machine=at.machine,
         streamed=at.streamed,
     )
+
+
+def multiplied_shapes(facts: ModelFacts) -> frozenset[tuple[int, int]]:
+    """The distinct [out, in] of everything that kernels of the linear slot multiply; of stacked experts that of one."""
+    wanted = (one.shape[-2:] for one in facts.parameters if one.role in ("linear", "head", "experts") and len(one.shape) > 1)
+    return frozenset((rows, columns) for rows, columns in wanted)
 
 
 def decoder_need(at: Situation, samples: bool = False) -> DecoderNeed:
@@ -135,7 +164,8 @@ def decoder_need(at: Situation, samples: bool = False) -> DecoderNeed:
 
 
 def compiler_need(at: Situation) -> CompilerNeed:
-    return CompilerNeed(**_common(at, {}))
+    origins = {"generates": "config.json", "streamed": at.origins.get("device", "the device map")}
+    return CompilerNeed(**_common(at, origins), generates=at.facts.generates, streamed=at.streamed)
 
 
 #: kind → how its need is derived

@@ -241,6 +241,9 @@ def _notes(fields: Sequence[Field], chosen: Mapping[str, Candidate]) -> Iterator
             yield f"the planner of {one.shown} needs torch, so this plan imported it"
         if one.registered.descriptor.experimental:
             yield f"{field.slot} {one.shown} is experimental"
+        remarks = getattr(one.registered.planner(), "notes", None)
+        if remarks is not None:
+            yield from (f"{field.slot} {one.shown}: {remark}" for remark in remarks(field.need_of(one), one.options))
 
 
 # ------------------------------------------------------------------------------------------------ no solution
@@ -284,7 +287,8 @@ def _require_known_options(field: Field) -> None:
     """Options that every component that could serve refuses are a mistake of the request. Raises `RequestError` (RQ-VALUE)."""
     code = f"{field.slot}.options"
     found = [(one.shown, reason.text) for one in field.candidates for reason in one.reasons if reason.code == code]
-    if found and all(one.reasons for one in field.candidates):
+    is_taken = any(one.options is not None for one in field.candidates)  # by one that other reasons speak against
+    if found and not is_taken and all(one.reasons for one in field.candidates):
         texts = "; ".join(f"{name}: {text}" for name, text in found)
         raise RequestError("RQ-VALUE", f"no {field.slot} that fits takes these options: {texts}", locus=field.slot)
 

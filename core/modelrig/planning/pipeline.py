@@ -30,6 +30,7 @@ from modelrig.planning.identify import (
     read_config,
     resolve,
 )
+from modelrig.planning.measured import machine_of
 from modelrig.planning.needs import PLAIN, Situation, stored_scheme
 from modelrig.planning.negotiation import Choice
 from modelrig.planning.places import notes_on_limits, place
@@ -178,6 +179,10 @@ def make_situation(checkpoint: Checkpoint, request: Request, environment: Enviro
         context=context,
         batch=request.batch,
         cpu_flags=environment.cpu_flags,
+        gpus=environment.gpus,
+        driver=environment.driver,
+        is_here=environment.is_here,
+        machine=machine_of(environment),
         origins={"device": why_device, "dtype": why_dtype, "context": why_context, "batch": request.origin("batch")},
     )
 

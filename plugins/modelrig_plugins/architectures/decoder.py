@@ -133,6 +133,7 @@ class DecoderPlanner:
             vocab_size=parsed.vocab_size,
             context_length=parsed.context_length,
             dtype=dtype,
+            experts_per_token=parsed.experts.chosen if parsed.experts else 0,
             ignored=tuple(name for name in catalog.entries if name.endswith(".rotary_emb.inv_freq")),
             empty=("model.rotary_emb",),
         )

@@ -11,7 +11,7 @@ from modelrig.modules.activations import FUNCTIONS
 from modelrig.modules.decoder import CausalLM, heads_first
 from modelrig.modules.embedding import Embedding
 from modelrig.modules.linear import Linear
-from modelrig.modules.network import BuildContext, Masks
+from modelrig.modules.network import Blocks, BuildContext, Masks
 from modelrig.modules.norms import LayerNorm
 from modelrig.modules.slots import Slots
 from modelrig_plugins.architectures.gpt2 import GPT2Config
@@ -63,14 +63,14 @@ class GPT2Decoder(nn.Module):
         super().__init__()
         self.wte = Embedding(config.vocab_size, config.hidden_size, context.dtype)
         self.wpe = Embedding(config.positions, config.hidden_size, context.dtype)
-        self.h = nn.ModuleList(GPT2Block(config, spec, context) for spec in config.layers)
+        self.h = Blocks(GPT2Block(config, spec, context) for spec in config.layers)
         self.ln_f = LayerNorm(config.hidden_size, config.epsilon, context.dtype)
         self.vector, self.masks = context.linear.vector, Masks(config.layers, context)
 
     def forward(self, ids: Tensor, slots: Slots) -> Tensor:  # ids: [b, t] -> [b * t, hidden] or [hidden]
         shape = () if self.vector and ids.numel() == 1 else (-1,)
         x = self.wte(ids.reshape(shape)) + self.wpe(slots.positions.reshape(shape))
-        for block, mask, layer in zip(self.h, self.masks(slots), slots.layers, strict=True):
+        for block, mask, layer in zip(self.h.calls, self.masks(slots), slots.layers, strict=True):
             x = block(x, mask, slots, layer)
         return self.ln_f(x)
 

@@ -11,7 +11,7 @@ from modelrig.modules.activations import FUNCTIONS
 from modelrig.modules.decoder import CausalLM
 from modelrig.modules.embedding import Embedding
 from modelrig.modules.linear import Linear
-from modelrig.modules.network import BuildContext, Masks
+from modelrig.modules.network import Blocks, BuildContext, Masks
 from modelrig.modules.norms import LayerNorm
 from modelrig.modules.rotary import Rotary, Rotation, apply_rotary
 from modelrig.modules.slots import Slots
@@ -69,7 +69,7 @@ class NeoXDecoder(nn.Module):
     def __init__(self, config: NeoXConfig, context: BuildContext) -> None:
         super().__init__()
         self.embed_in = Embedding(config.vocab_size, config.hidden_size, context.dtype)
-        self.layers = nn.ModuleList(NeoXBlock(config, spec, context) for spec in config.layers)
+        self.layers = Blocks(NeoXBlock(config, spec, context) for spec in config.layers)
         self.final_layer_norm = LayerNorm(config.hidden_size, config.epsilon, context.dtype)
         self.rotary = Rotary(config.rope, context.dtype)
         self.vector, self.masks = context.linear.vector, Masks(config.layers, context)
@@ -78,7 +78,7 @@ class NeoXDecoder(nn.Module):
     def forward(self, ids: Tensor, slots: Slots) -> Tensor:  # ids: [b, t] -> [b * t, hidden] or [hidden]
         x = self.embed_in(ids.view(()) if self.vector and ids.numel() == 1 else ids.reshape(-1))
         rotation = self.rotary(slots.positions)
-        for block, mask, layer in zip(self.layers, self.masks(slots), slots.layers, strict=True):
+        for block, mask, layer in zip(self.layers.calls, self.masks(slots), slots.layers, strict=True):
             x = block(x, rotation, mask, slots, layer)
         return self.final_layer_norm(x)
 

@@ -1,6 +1,6 @@
 """Attention kernels. Each lowers the symbolic mask (`modelrig.modules.slots.Visibility`) itself."""
 
-from modelrig.components import FLOATING, NOTHING_TO_PLAN, AttentionBackend, AttentionCapabilities
+from modelrig.components import FLOATING, NOTHING_TO_PLAN, AttentionBackend, AttentionCapabilities, Range
 from modelrig.hookspecs import hookimpl
 
 MODELRIG_API = "1.0"
@@ -12,8 +12,8 @@ def modelrig_attention() -> list[AttentionBackend]:
         AttentionBackend(
             name="sdpa",
             summary="torch's scaled_dot_product_attention",
-            planner=NOTHING_TO_PLAN,
-            implementation="modelrig_plugins.attention.sdpa:SdpaAttention",
+            planner="modelrig_plugins.attention.sdpa:SdpaPlanner",
+            implementation="modelrig_plugins.attention.sdpa_module:SdpaAttention",
             offers={"fullgraph"},
             needs={"caches": {"layout:bhsd"}},
             rank=10,
@@ -22,6 +22,25 @@ def modelrig_attention() -> list[AttentionBackend]:
                 dtypes=FLOATING,
                 masks={"causal", "bidirectional", "padding", "window"},
                 grouped_heads=True,
+                unequal_value_dim=True,
+            ),
+        ),
+        AttentionBackend(
+            name="flash_attention_2",
+            summary="the kernels of the package flash-attn, for NVIDIA GPUs from Ampere on",
+            planner="modelrig_plugins.attention.flash_attention_2:FlashAttention2Planner",
+            implementation="modelrig_plugins.attention.flash_attention_2_module:FlashAttention2",
+            requires=("flash-attn>=2.6.3",),
+            install="pip install flash-attn --no-build-isolation",
+            needs={"caches": {"layout:bhsd", "uniform"}},
+            rank=20,
+            capabilities=AttentionCapabilities(
+                devices={"cuda"},
+                dtypes={"float16", "bfloat16"},
+                head_dims=Range(1, 256),
+                masks={"causal", "bidirectional", "padding", "window"},
+                grouped_heads=True,
+                softcap=True,
                 unequal_value_dim=True,
             ),
         ),

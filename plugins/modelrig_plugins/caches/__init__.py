@@ -1,5 +1,7 @@
 """Key/value caches."""
 
+from attrs import evolve
+
 from modelrig.components import FLOATING, CacheCapabilities, CacheImplementation
 from modelrig.hookspecs import hookimpl
 
@@ -16,7 +18,7 @@ def modelrig_caches() -> list[CacheImplementation]:
             summary="grows with the sequence, doubling its room",
             planner="modelrig_plugins.caches.dynamic:DynamicPlanner",
             implementation="modelrig_plugins.caches.dynamic_module:DynamicCache",
-            offers={"layout:bhsd", "rewind", "fullgraph"},
+            offers={"layout:bhsd", "uniform", "rewind", "fullgraph"},
             rank=10,
             capabilities=_CAPABILITIES,
         ),
@@ -25,7 +27,7 @@ def modelrig_caches() -> list[CacheImplementation]:
             summary="allocated once at its full length; addresses never change, so a compiled step can use it",
             planner="modelrig_plugins.caches.static:StaticPlanner",
             implementation="modelrig_plugins.caches.static_module:StaticCache",
-            offers={"layout:bhsd", "rewind", "fullgraph", "fixed_address"},
+            offers={"layout:bhsd", "uniform", "rewind", "fullgraph", "fixed_address"},
             rank=20,
             capabilities=_CAPABILITIES,
         ),
@@ -34,8 +36,17 @@ def modelrig_caches() -> list[CacheImplementation]:
             summary="layers with a window keep that window, the others everything; allocated once",
             planner="modelrig_plugins.caches.sliding:SlidingPlanner",
             implementation="modelrig_plugins.caches.sliding_module:SlidingCache",
-            offers={"layout:bhsd", "fullgraph", "fixed_address"},
+            offers={"layout:bhsd", "uniform", "fullgraph", "fixed_address"},
             rank=30,
             capabilities=_CAPABILITIES,
+        ),
+        CacheImplementation(
+            name="quantized",
+            summary="the newest tokens as they are, the others packed to 8 or 4 bits a number",
+            planner="modelrig_plugins.caches.quantized:QuantizedPlanner",
+            implementation="modelrig_plugins.caches.quantized_module:QuantizedCache",
+            offers={"layout:bhsd"},
+            rank=60,
+            capabilities=evolve(_CAPABILITIES, lossy=True),
         ),
     ]

@@ -143,6 +143,13 @@ class RingLayer(ContiguousLayer):
             full.zero_()
             full.index_copy_(2, where, found[:, :, found.shape[2] - len(index) :].to(full.device))
 
+    def place(self, slots: Slots) -> tuple[Tensor, Tensor] | None:
+        assert isinstance(slots, SlidingSlots)
+        step = slots.rings[self.ring.window]
+        if step.is_long:
+            return None
+        return step.where, slots.key_index[: slots.end] if step.is_contiguous else step.key_index
+
     def keep(self, index: Tensor) -> None:
         """Write those of the pending keys and values whose `index` is given: the last of the first ones."""
         if self.pending is None:
@@ -169,6 +176,7 @@ class SlidingSlots(Slots):
 
 
 class SlidingCache(ContiguousCache):
+    slots_class: type[SlidingSlots] = SlidingSlots
     rings: dict[int, Ring]
 
     def make_layers(self) -> Sequence[ContiguousLayer]:
@@ -238,8 +246,9 @@ class SlidingCache(ContiguousCache):
             ring.hold(self._length if first == 0 else first + ring.size, self._length)
 
     def _kept(self, state: CacheState, window: int) -> list[int]:
-        """The tokens in each tensor of the layers of one window."""
-        numbers = [number for number, spec in enumerate(self.specs) if spec.window == window]
+        """The tokens in each tensor of the layers of one ring."""
+        ring = self.rings[window]
+        numbers = [number for number, layer in enumerate(self.layers) if isinstance(layer, RingLayer) and layer.ring is ring]
         return [state.tensors[f"{number}.{name}"].shape[2] for number in numbers for name in ("keys", "values")]
 
     def _forget(self, to: int) -> None:
@@ -251,7 +260,7 @@ class SlidingCache(ContiguousCache):
 
     def _new_slots(self, count: int) -> Slots:
         plain = super()._new_slots(count)
-        return SlidingSlots(
+        return self.slots_class(
             index=plain.index,
             positions=plain.positions,
             key_index=plain.key_index,

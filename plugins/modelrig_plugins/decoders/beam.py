@@ -15,10 +15,14 @@ MOST_BEAMS = 256
 
 @frozen
 class BeamOptions:
-    """`num_beams`: texts that are followed at a time. `length_penalty`: scores are divided by length ** length_penalty before they
-    are compared, so that above 0 longer texts gain. `early_stopping`: the search is over with "first" as soon as there are
-    `num_beams` complete texts; with "estimate" when the best running one could not become one of them at its present length; with "never" at
-    any length (transformers: True, False and "never")."""
+    """`num_beams`: texts that are followed at a time.
+
+    `length_penalty`: scores are divided by length ** length_penalty before they are compared: above 0 longer texts gain.
+
+    `early_stopping`: the search is over with "first" as soon as there are `num_beams` complete texts; with "estimate" when the best
+    running one could not become one of them at its present length; with "never" when it could not at any length. transformers says
+    True, False and "never".
+    """
 
     num_beams: int = 4
     length_penalty: float = 1.0

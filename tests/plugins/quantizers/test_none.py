@@ -13,11 +13,10 @@ import modelrig
 from checkpoints import write_llama
 from modelrig.components import Parameter
 from modelrig.errors import PlanError
-from modelrig.modules.linear import Linear
 from modelrig.planning.environment import read_environment
 from modelrig.planning.pipeline import make_plan
 from modelrig_plugins.quantizers.none import NoneOptions, NonePlanner
-from modelrig_plugins.quantizers.none_module import PATIENCE, SPREAD, DenseLinear, PackedLinear
+from modelrig_plugins.quantizers.none_module import PATIENCE, SPREAD, DenseLinear
 
 packs = pytest.mark.skipif("avx512_bf16" not in read_environment().cpu_flags, reason="packing is for CPUs with avx512_bf16")
 
@@ -48,12 +47,11 @@ def test_a_single_token_as_a_vector_is_the_product(rows: int, columns: int, bias
 def test_packing_happens_after_some_tokens_and_stays_within_rounding(rows: int, columns: int, bias: bool) -> None:
     weight, offset = weights(rows, columns, bias)
     linear = DenseLinear(NoneOptions("packed")).make_linear(weight, offset)
-    assert isinstance(linear, PackedLinear)
     for step in range(PATIENCE + SPREAD + 2):
         x = torch.randn(1, columns).bfloat16()
         exact = F.linear(x.double(), weight.double(), None if offset is None else offset.double())
         assert (exact - linear(x).double()).abs().max().item() <= 1e-2 * exact.abs().max().item()
-        assert (step >= PATIENCE + SPREAD) == (linear.packed is not None)
+        assert ("packed" if step >= PATIENCE + SPREAD else "linear") == linear.name_at(1)
     many = torch.randn(9, columns).bfloat16()
     torch.testing.assert_close(F.linear(many, weight, offset), linear(many), rtol=1e-2, atol=1e-2)
 
@@ -63,8 +61,8 @@ def test_prompts_alone_never_pack() -> None:
     weight, _ = weights(64, 48, False)
     linear = DenseLinear(NoneOptions("packed")).make_linear(weight, None)
     for _ in range(100):
-        linear(torch.randn(3, 48).bfloat16())
-    assert linear.packed is None
+        linear(torch.randn(40, 48).bfloat16())
+    assert "linear" == linear.name_at(1)
 
 
 @packs
@@ -86,7 +84,7 @@ def test_without_room_nothing_is_packed() -> None:
     maker.bytes = 1 << 60
     for _ in range(PATIENCE + SPREAD + 2):
         torch.testing.assert_close(F.linear(torch.ones(1, 48).bfloat16(), weight), linear(torch.ones(1, 48).bfloat16()))
-    assert linear.packed is None
+    assert "linear" == linear.name_at(1)
 
 
 @packs
@@ -98,8 +96,7 @@ def test_packed_weights_compute_what_the_mapped_ones_do_and_leave_the_parameters
         stored = {name: parameter.clone() for name, parameter in plain.module.state_dict().items()}
     with modelrig.load(tmp_path, set={"quantizer.kernel": "packed"}) as model:
         model.generate([3, 1, 4, 1, 5], max_new_tokens=90)
-        kernels = [module.kernel for module in model.module.modules() if isinstance(module, Linear)]
-        assert all(kernel.packed is not None for kernel in kernels)
+        assert {"packed"} == model.kernels().keys() == model.kernels(rows=7).keys()
         torch.testing.assert_close(expected, model(ids), rtol=0.05, atol=0.02 * expected.abs().max().item())
         for name, parameter in model.module.state_dict().items():
             assert torch.equal(stored[name], parameter)
@@ -110,14 +107,16 @@ def test_the_kernel_is_settled_by_the_cpu_when_planning(tmp_path: Path) -> None:
     machine = read_environment()
     expected = {
         frozenset(): "mv",
-        frozenset({"avx512f", "avx512_bf16"}): "packed",
+        frozenset({"avx512f", "avx512_bf16"}): "linear",
         frozenset({"avx512_bf16", "amx_tile", "amx_bf16"}): "mv",
     }
     for flags, kernel in expected.items():
         plan = make_plan(tmp_path, environment=evolve(machine, cpu_flags=flags))
         assert kernel == plan.choices["quantizers"].options.kernel
-        copies = [line for line in plan.ledger if "own layout" in line.what]
-        assert (kernel == "packed") == bool(copies)
+        assert not [line for line in plan.ledger if "own layout" in line.what]
+    packing = evolve(machine, cpu_flags=frozenset({"avx512f", "avx512_bf16"}))
+    plan = make_plan(tmp_path, environment=packing, quantizer={"name": "none", "kernel": "packed"})
+    assert [line for line in plan.ledger if "own layout" in line.what]
     in_float32 = make_plan(tmp_path, environment=evolve(machine, cpu_flags=frozenset({"avx512_bf16"})), dtype="float32")
     assert "mv" == in_float32.choices["quantizers"].options.kernel
 

@@ -1,0 +1,105 @@
+"""Every attention kernel with every cache and decoder, on models whose layers see all, a window, both, and experts.
+
+The tokens are those of `eager` with `dynamic` and plain decoding; for a cache that is lossy those of `eager` with that cache, whose
+contents the contract tests compare. What fits is never refused: a refusal fails here too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import modelrig
+from checkpoints import tokens, write_decoder
+from modelrig.components import CacheImplementation
+from modelrig.registry import current
+
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "full": ("Llama", {}),
+    "sliding": ("Mistral", {"sliding_window": 6}),
+    "hybrid": (
+        "Gemma3Text",
+        {"head_dim": 8, "sliding_window": 5, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    ),
+    "experts": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
+}
+ATTENTION = [one.name for one in current().components("attention") if one.is_ours and "cpu" in one.descriptor.capabilities.devices]
+CACHES = [one.name for one in current().components("caches") if one.is_ours]
+DECODERS = ("auto", "beam", "prompt_lookup", "draft_model")
+PROMPTS = [[*ids[:5], *ids[:5], *ids] for ids in (tokens(1, count, seed=count)[0].tolist() for count in (7, 12))]
+NEW_TOKENS = 24
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    made = {}
+    for kind, (family, more) in KINDS.items():
+        made[kind] = tmp_path_factory.mktemp(kind)
+        write_decoder(made[kind], family, eos_token_id=[11, 12], **more)
+    return made
+
+
+def load(folder: Path, decoder: str = "auto", **request: Any) -> modelrig.Model:
+    options = {
+        "beam": {"num_beams": 3},
+        "prompt_lookup": {"least_gain": 0.0},
+        "draft_model": {"model": str(folder), "least_gain": 0.0},
+    }.get(decoder)
+    wish = decoder if options is None else {"name": decoder, **options}
+    return modelrig.load(folder, dtype="float32", context=80, decoder=wish, **request)
+
+
+def generated(model: modelrig.Model) -> list[tuple[int, ...]]:
+    return [one.tokens for one in model.generate(PROMPTS, max_new_tokens=NEW_TOKENS)]
+
+
+def is_lossless(cache: str) -> bool:
+    descriptor = current().find("caches", cache).descriptor
+    assert isinstance(descriptor, CacheImplementation)
+    return cache != "quantized"
+
+
+@pytest.fixture(scope="session")
+def references(folders: dict[str, Path]) -> Iterator[Any]:
+    known: dict[tuple[str, str, str], Any] = {}
+
+    def reference(kind: str, cache: str, decoder: str) -> Any:
+        cache = "dynamic" if is_lossless(cache) else cache
+        decoder = "beam" if decoder == "beam" else "auto"  # drafts change nothing
+        if (kind, cache, decoder) not in known:
+            with load(folders[kind], decoder, attention="eager", cache=cache) as model:
+                known[kind, cache, decoder] = generated(model)
+        return known[kind, cache, decoder]
+
+    yield reference
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_the_same_tokens_whatever_the_parts(
+    folders: dict[str, Path], references: Any, attention: str, cache: str, kind: str
+) -> None:
+    for decoder in DECODERS:
+        with load(folders[kind], decoder, attention=attention, cache=cache) as model:
+            assert references(kind, cache, decoder) == generated(model), decoder
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("cache", [name for name in CACHES if is_lossless(name)])
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_the_same_logits_whatever_the_parts(folders: dict[str, Path], attention: str, cache: str, kind: str) -> None:
+    """Prompt in two parts, then token by token, against one forward without a cache."""
+    ids = tokens(2, 40, seed=5)
+    with load(folders[kind], attention="eager") as model:
+        expected = model(ids)
+    with load(folders[kind], attention=attention, cache=cache) as model:
+        held = model.new_cache(batch=2, max_len=64)
+        parts = [
+            model(ids[:, start:stop], cache=held) for start, stop in ((0, 9), (9, 26), *((at, at + 1) for at in range(26, 40)))
+        ]
+    torch.testing.assert_close(expected, torch.cat(parts, dim=1), rtol=1e-4, atol=1e-5 * expected.abs().max().item())
