@@ -21,7 +21,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 MOST_LINES = 450
 #: files that may be longer, and why
-LONG_FILES = {"core/modelrig/components.py": (900, "an author of parts finds all there is to implement in one file")}
+LONG_FILES = {"core/modelrig/components.py": (960, "an author of parts finds all there is to implement in one file")}
 
 #: strings in decisions of core that are spelt like a component, and what they are
 NO_COMPONENTS = {

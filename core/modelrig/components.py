@@ -630,7 +630,8 @@ class AttentionKernel(Protocol):
 
 
 class CachePlanner(Protocol):
-    """Counts a cache's bytes."""
+    """Counts a cache's bytes. One whose bytes do not lie on the device that runs may offer
+    `places(layers, batch, context, dtype, options, device)`: "cpu", "disk" or the `device` that runs → bytes there."""
 
     def nbytes(self, layers: Sequence[AttentionSpec], batch: int, context: int, dtype: str, options: Any) -> int:
         """Bytes of keys and values when `context` tokens of `batch` rows are held: what the cache's `nbytes` measures then."""

@@ -444,4 +444,6 @@ CODES: dict[str, str] = {
     "CA-ARGS": "impossible size, count or batch",
     "CA-STATE": "calls in the wrong order, or a state that is not of such a cache",
     "CA-REWIND": "rewind beyond what the cache keeps",
+    "CA-FILE": "a saved cache that cannot be written, read, or used here",
+    "CA-SPACE": "no room on disk for a cache that lies there",
 }

@@ -28,6 +28,7 @@ CACHES: dict[str, Any] = {
     "dynamic": "dynamic",
     "static": "static",
     "sliding": {"name": "sliding", "headroom": 3},
+    "offloaded": "offloaded",
     "quantized": {"name": "quantized", "headroom": 3, **FORM._asdict()},
 }
 

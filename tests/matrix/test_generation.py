@@ -103,3 +103,19 @@ def test_the_same_logits_whatever_the_parts(folders: dict[str, Path], attention:
             model(ids[:, start:stop], cache=held) for start, stop in ((0, 9), (9, 26), *((at, at + 1) for at in range(26, 40)))
         ]
     torch.testing.assert_close(expected, torch.cat(parts, dim=1), rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("cache", ["static", "sliding"])
+def test_compiled_steps_give_the_same_tokens_with_every_decoder(
+    folders: dict[str, Path], references: Any, cache: str, kind: str
+) -> None:
+    for decoder in DECODERS:
+        with load(folders[kind], decoder, cache=cache, compiler="inductor") as model:
+            assert references(kind, cache, decoder) == generated(model), decoder
+            made = model.step.compiled + model.step.loaded
+            assert made > 0
+            assert references(kind, cache, decoder) == generated(model), decoder
+            assert model.step.compiled + model.step.loaded == made  # a second call needs nothing new

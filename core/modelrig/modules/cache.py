@@ -182,15 +182,15 @@ class ContiguousCache:
         if chosen == list(range(self.batch)):
             return
         views = [view for layer in self.layers for view in layer.held(self._length).values()]
-        order = torch.tensor(chosen, device=self.device)
+        order = torch.tensor(chosen, device=views[0].device)
         # The scratch exists before anything changes, so running out of memory changes nothing.
-        scratch = torch.empty(max(view.nbytes for view in views), dtype=torch.uint8, device=self.device)
+        scratch = torch.empty(max(view.nbytes for view in views), dtype=torch.uint8, device=order.device)
         for view in views:
             taken = scratch[: view.nbytes].view(view.dtype).view(view.shape)
             view.copy_(torch.index_select(view, 0, order, out=taken))
         self.padding = [self.padding[row] for row in chosen]
         if self.starts is not None:
-            self.starts.copy_(self.starts[order])
+            self.starts.copy_(self.starts[chosen])
 
     def fork(self, copies: int) -> Self:
         """See `modelrig.components.Cache`. A step that was begun and not committed is no part of it."""

@@ -15,6 +15,7 @@ import os
 import shutil
 import stat
 import tempfile
+import weakref
 from collections.abc import Callable, Mapping
 from logging import getLogger
 from pathlib import Path
@@ -51,19 +52,18 @@ class Store:
     """
 
     def __init__(self, folder: Path | None = None) -> None:
-        self.temporary: tempfile.TemporaryDirectory[str] | None = None
         self.folder = default_folder() if folder is None else folder
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            is_writable = os.access(self.folder, os.W_OK | os.X_OK)
+            cause = None if os.access(self.folder, os.W_OK | os.X_OK) else "it cannot be written to"
         except OSError as error:
-            log.warning("compiled code cannot be kept in %s: %s", self.folder, error)
-            is_writable = False
-        if is_writable:
+            cause = error.strerror
+        if cause is None:
             _require_own(self.folder)
         else:
-            self.temporary = tempfile.TemporaryDirectory(prefix="modelrig-compiled-")
-            self.folder = Path(self.temporary.name)
+            log.warning("compiled code cannot be kept in %s: %s", self.folder, cause)
+            self.folder = Path(tempfile.mkdtemp(prefix="modelrig-compiled-"))
+            weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
 
     def find(self, key: str) -> Artefact | None:
         """What is kept under `key`; None if nothing is, or it is damaged.

@@ -9,6 +9,7 @@ Shapes: b batch, t tokens of this step, n slots in use.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -117,6 +118,10 @@ class Runner:
         self.block, self.kinds, self.graphs = block, kinds, graphs
         self.lifted: Lifted | None = None
         self.bound: dict[Any, Bound] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        """A copy of the module runs its own blocks."""
+        return copy.deepcopy(self.block, memo)
 
     def __call__(self, x: Tensor, *args: Any) -> Tensor:
         *others, mask, slots, layer = args

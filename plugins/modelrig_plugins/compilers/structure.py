@@ -251,15 +251,20 @@ def _fields(it: Any) -> list[tuple[str, Any]] | None:
     kind = type(it)
     if "traced" in vars(kind):
         return [(name, getattr(it, name)) for name in kind.traced]
-    slots = [
-        name for one in kind.__mro__ for name in _names(vars(one).get("__slots__", ())) if name not in ("__weakref__", "__dict__")
-    ]
-    own = getattr(it, "__dict__", None)
-    if own is None and not slots and kind.__init__ is not object.__init__:
+    if any(one is not object and _is_native(one) for one in kind.__mro__):
         return None
+    hidden = ("__weakref__", "__dict__")
+    slots = [name for one in kind.__mro__ for name in _names(vars(one).get("__slots__", ())) if name not in hidden]
+    own = getattr(it, "__dict__", None)
     found = [(name, getattr(it, name)) for name in slots if hasattr(it, name)]
     skipped = _OF_EVERY_MODULE if isinstance(it, nn.Module) else ()
     return found + [(name, value) for name, value in (own or {}).items() if name not in skipped]
+
+
+def _is_native(kind: type) -> bool:
+    """Whether it is written in C, so that its instances hold what Python does not show."""
+    is_made_by_python = kind.__flags__ & 1 << 9
+    return not is_made_by_python or type(kind).__name__ == "pybind11_type"
 
 
 def _names(slots: Any) -> Iterator[str]:
