@@ -48,6 +48,8 @@ class Lowered:
 
 
 class SdpaAttention:
+    traced = ("kernels",)  # what a graph depends on
+
     def __init__(self, options: SdpaOptions | None = None) -> None:
         self.kernels: tuple[str, ...] = (options or SdpaOptions()).kernels
         self.backends = [BACKENDS[name] for name in self.kernels]
