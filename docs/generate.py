@@ -212,6 +212,8 @@ FOREIGN_VARIABLES = {
     "HF_TOKEN": "the token for gated and private models",
     "HF_ENDPOINT": "another server than the hub's own",
     "CUDA_VISIBLE_DEVICES": "the GPUs that are there for this process",
+    "XDG_CACHE_HOME": "below it, in modelrig/probes, is what trials of kernels found",
+    "CXX": "the C++ compiler, where something is compiled; g++ without it",
     "OMP_NUM_THREADS": "threads torch computes with on the CPU",
     "XDG_CACHE_HOME": "where `modelrig bench --tune` keeps what it measured; by default `~/.cache`",
 }

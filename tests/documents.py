@@ -186,9 +186,10 @@ _BUILTINS: dict[str, Callable[[Shell, list[str]], tuple[int, str]]] = {
 
 @contextlib.contextmanager
 def plain_machine() -> Iterator[None]:
-    """Pages show a machine without a GPU and without special instructions, so that they look the same wherever they are run."""
+    """Pages show a machine without a GPU, with AVX2 and a compiler, so that they look the same wherever they are run."""
     with (
-        patch("modelrig.planning.environment.read_cpu", return_value=("a CPU", frozenset())),
+        patch("modelrig.planning.environment.read_cpu", return_value=("a CPU", frozenset({"avx2"}))),
+        patch("modelrig.planning.environment.find_lack_of_cpp", return_value=None),
         patch("modelrig.planning.environment.visible_gpus", return_value=((), 0, None)),
     ):
         yield

@@ -161,7 +161,9 @@ def _ids(kind: str, name: str, registry: Registry, there: Sequence[Registered]) 
 
 def _state_reasons(one: Registered) -> Iterator[Reason]:
     if one.state != "active":
-        yield Reason(f"plugin.{one.state}", f"{one.state}: {one.reason}", one.descriptor.install)
+        install = one.descriptor.install
+        is_said = install is not None and install in (one.reason or "")
+        yield Reason(f"plugin.{one.state}", f"{one.state}: {one.reason}", None if is_said else install)
 
 
 def _is_lossier(descriptor: Component, scheme: str) -> bool:

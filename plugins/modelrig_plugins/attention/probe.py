@@ -24,6 +24,10 @@ def kernel_of(name: str, options: dict[str, Any]) -> Any:
         from modelrig_plugins.attention.flash_attention_2_module import FlashAttention2
 
         return FlashAttention2()
+    if name == "flex":
+        from modelrig_plugins.attention.flex_module import FlexAttention
+
+        return FlexAttention()
     raise ValueError(f"there is no trial for {name!r}")
 
 
