@@ -215,7 +215,6 @@ FOREIGN_VARIABLES = {
     "XDG_CACHE_HOME": "below it, in modelrig/probes, is what trials of kernels found",
     "CXX": "the C++ compiler, where something is compiled; g++ without it",
     "OMP_NUM_THREADS": "threads torch computes with on the CPU",
-    "XDG_CACHE_HOME": "where `modelrig bench --tune` keeps what it measured; by default `~/.cache`",
 }
 
 

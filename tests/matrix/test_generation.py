@@ -16,7 +16,6 @@ import torch
 import modelrig
 from checkpoints import tokens, write_decoder
 from dequantised import Form, reference
-from modelrig.components import CacheImplementation
 from modelrig.registry import current
 
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -45,7 +44,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return made
 
 
-def load(folder: Path, decoder: str = "auto", cache: str = "auto", **request: Any) -> modelrig.Model:
+def load(folder: Path, decoder: str = "auto", cache: str = "auto", attention: str = "auto", **request: Any) -> modelrig.Model:
     options = {
         "beam": {"num_beams": 3},
         "prompt_lookup": {"least_gain": 0.0},
@@ -54,7 +53,14 @@ def load(folder: Path, decoder: str = "auto", cache: str = "auto", **request: An
     wish = decoder if options is None else {"name": decoder, **options}
     kept = {"name": cache, **FORM._asdict()} if is_lossy(cache) else cache
     # What is rounded to codes may be rounded otherwise after another order of sums, which in float64 nearly never happens.
-    return modelrig.load(folder, dtype="float64" if is_lossy(cache) else "float32", context=80, decoder=wish, cache=kept, **request)
+    takes_float64 = attention == "auto" or "float64" in capabilities("attention", attention).dtypes
+    dtype = "float64" if is_lossy(cache) and takes_float64 else "float32"
+    return modelrig.load(folder, dtype=dtype, context=80, decoder=wish, cache=kept, attention=attention, **request)
+
+
+def capabilities(kind: str, name: str) -> Any:
+    descriptor: Any = current().find(kind, name).descriptor
+    return descriptor.capabilities
 
 
 def generated(model: modelrig.Model) -> list[tuple[int, ...]]:
@@ -62,11 +68,7 @@ def generated(model: modelrig.Model) -> list[tuple[int, ...]]:
 
 
 def is_lossy(cache: str) -> bool:
-    if cache == "auto":
-        return False
-    descriptor = current().find("caches", cache).descriptor
-    assert isinstance(descriptor, CacheImplementation)
-    return descriptor.capabilities.lossy
+    return cache != "auto" and bool(capabilities("caches", cache).lossy)
 
 
 def without_cache(model: modelrig.Model) -> list[tuple[int, ...]]:
