@@ -57,6 +57,10 @@ def hooks_page() -> str:
     return "\n".join(parts)
 
 
+#: of a kind that a call chooses
+NONE_SHIPS = "None ships with Modelrig; [this page](../how-to/constrain-output.md) names one to install.\n"
+
+
 def components_page() -> str:
     parts = [f"# Components\n\n{NOTE}\nWhat ships with Modelrig; `modelrig plugins` lists what is installed on your machine.\n"]
     for kind in KINDS:
@@ -65,7 +69,8 @@ def components_page() -> str:
             (f"`{one.name}`", one.descriptor.summary, _tokens(one.descriptor.offers), _needs(one.descriptor.needs)) for one in ours
         )
         described = (inspect.getdoc(DESCRIPTORS[kind]) or "").splitlines()[0]
-        parts.append(f"## {kind}\n\n{described}\n\n{table(('name', 'what', 'offers', 'needs'), *rows)}")
+        shown = table(("name", "what", "offers", "needs"), *rows) if ours else NONE_SHIPS
+        parts.append(f"## {kind}\n\n{described}\n\n{shown}")
         parts += [text for one in ours if (text := _options(one))]
     return "\n".join(parts)
 

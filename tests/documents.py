@@ -89,7 +89,8 @@ class Block:
 
 def pages() -> list[Path]:
     """Every page people read, written by hand."""
-    found = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")]
+    found = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+    found += [page for folder in ("docs", "examples", "contrib") for page in (ROOT / folder).rglob("*.md")]
     return sorted(page for page in found if GENERATED not in page.read_text(encoding="utf-8"))
 
 
@@ -200,7 +201,8 @@ def empty_folder() -> Iterator[Shell]:
         shell = Shell(Path(folder, "work"), Path(folder, "site"))
         shell.cwd.mkdir()
         shell.site.mkdir()
-        (shell.cwd / "examples").symlink_to(ROOT / "examples")
+        for shown in ("examples", "contrib"):
+            (shell.cwd / shown).symlink_to(ROOT / shown)
         sys.path.insert(0, str(shell.site))
         try:
             with contextlib.chdir(shell.cwd):

@@ -843,7 +843,7 @@ class TokenMask(Protocol):
     def fill(self, bits: Tensor) -> None:
         """Set those bits of int32 [ceil(vocab / 32)], in main memory and all zero before, whose tokens may come next: token t is
         bit t % 32 of number t // 32. Where the text may end, the ids that end a row are among them. Bits beyond the vocabulary
-        count for nothing."""
+        count for nothing. `modelrig.generation.constraints.allow` sets bits of ids."""
         ...
 
     def accept(self, token: int) -> None:

@@ -13,7 +13,7 @@ import modelrig
 from automata import Automaton, chain, cycle
 from checkpoints import TINY_LLAMA, tokens, write_llama
 from modelrig.errors import GenerateError
-from modelrig.generation.constraints import Constraints
+from modelrig.generation.constraints import Constraints, allow
 from modelrig.generation.options import GenerateOptions
 from modelrig.generation.sampling import Sampler
 from tokenizer_folders import byte_level, write
@@ -267,6 +267,12 @@ def test_bits_beyond_the_vocabulary_alone_are_a_dead_end() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ the masks of a call
+
+
+def test_allow_sets_the_bits_of_ids() -> None:
+    bits = torch.zeros(3, dtype=torch.int32)
+    allow(bits, [0, 31, 32, 63, 94])
+    assert [-(1 << 31) + 1, -(1 << 31) + 1, 1 << 30] == bits.tolist()
 
 
 @pytest.mark.parametrize("token", [0, 30, 31, 32, 63, 64, 95, 96])

@@ -150,7 +150,10 @@ def test_pages_that_copies_replace_are_needed_where_no_copies_are_made() -> None
 
 def test_what_a_device_needs_beside_weights_is_kept_for_it() -> None:
     one = account(device="cuda:0")
-    (cache,), activations = one.cache_places("cuda:0", 16, 1, facts().cached_layers).values(), activation_bytes(facts(), 1, 16, "float32")
+    (cache,), activations = (
+        one.cache_places("cuda:0", 16, 1, facts().cached_layers).values(),
+        activation_bytes(facts(), 1, 16, "float32"),
+    )
     context = ledger_module.GPU_CONTEXT_BYTES
     assert [context + cache + activations, context + activations, 300, 0] == [
         one.reserve("cuda:0", 16, 1),
@@ -222,7 +225,7 @@ def test_a_cache_counts_where_its_planner_says_that_it_lies() -> None:
 
 
 def test_prompts_run_in_the_parts_that_the_estimate_assumes() -> None:
-    from modelrig.generation.loop import PREFILL_CHUNK
+    from modelrig.generation.feeding import PREFILL_CHUNK
 
     assert PREFILL_CHUNK == PREFILL_TOKENS
 

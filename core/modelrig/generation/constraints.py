@@ -15,7 +15,14 @@ if TYPE_CHECKING:
 
 WORD = 32  # tokens in a number
 
-__all__ = ["Constraints"]
+__all__ = ["Constraints", "allow"]
+
+
+def allow(bits: Tensor, tokens: Iterable[int]) -> None:
+    """Set the bits of `tokens` in int32 [ceil(vocab / 32)], as `TokenMask.fill` must."""
+    for token in tokens:
+        word, place = divmod(token, WORD)
+        bits[word] |= (1 << place) - (1 << WORD if place == WORD - 1 else 0)  # the highest bit is the sign
 
 
 class Constraints:

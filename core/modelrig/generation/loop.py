@@ -17,7 +17,7 @@ from torch import Tensor
 from modelrig.components import DecoderCall
 from modelrig.errors import PluginError, quoted
 from modelrig.generation.detokenizer import Detokenizer
-from modelrig.generation.feeding import PREFILL_CHUNK, Engine, Feeder
+from modelrig.generation.feeding import Engine, Feeder
 from modelrig.generation.options import GenerateOptions
 from modelrig.generation.results import Generation, Piece, Row, Stats, peak_memory_bytes
 from modelrig.generation.sampling import Sampler
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from modelrig.components import Cache, DecoderMaker
 
-__all__ = ["PREFILL_CHUNK", "Engine", "Generation", "Piece", "Run", "Stats"]
+__all__ = ["Engine", "Generation", "Piece", "Run", "Stats"]
 
 
 class Run:

@@ -63,5 +63,5 @@ class Masks:
 
     def __call__(self, slots: Slots) -> list[object]:
         """One mask for each layer."""
-        masks = [self.prepare(spec, slots.visible(spec)) for spec in self.specs]
+        masks = [slots.lower(self.prepare, spec) for spec in self.specs]
         return [masks[place] for place in self.of_layer]

@@ -10,8 +10,8 @@ A lossy cache may hold a token twice, as it was and as it is packed: `seen_from`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -83,6 +83,10 @@ class Slots:
         if torch.compiler.is_compiling():
             return Visibility(self.index, self.key_index, self.starts, spec.window, spec.causal, None)
         return Visibility(self.index, self.key_index[: self.end], self.starts, spec.window, spec.causal, self.past)
+
+    def lower(self, prepare: Callable[[AttentionSpec, Visibility], Any], spec: AttentionSpec) -> Any:
+        """The mask of the layers of `spec`, as a backend's `prepare` makes it; for compiled blocks, what they make it of."""
+        return prepare(spec, self.visible(spec))
 
 
 class _NoLayer:

@@ -53,6 +53,8 @@ Form = tuple[AttentionSpec, bool, bool]  # what a call is like: the spec, withou
 
 
 class SdpaAttention:
+    traced = ("kernels",)  # what a graph depends on
+
     def __init__(self, options: SdpaOptions | None = None) -> None:
         self.kernels: tuple[str, ...] = (options or SdpaOptions()).kernels
         self.backends = [BACKENDS[name] for name in self.kernels]

@@ -20,7 +20,7 @@ from modelrig.modules.network import Blocks
 from modelrig.modules.slots import Slots
 from modelrig_plugins.compilers.graphs import ROOM, USED, Graph, Graphs, Input
 from modelrig_plugins.compilers.inductor import InductorOptions
-from modelrig_plugins.compilers.steps import Placed, ShortSlots, TracedLayer, TracedSlots, places
+from modelrig_plugins.compilers.steps import Placed, ShortSlots, TracedLayer, TracedSlots, Unlowered, places
 from modelrig_plugins.compilers.structure import Lifted, lift
 
 WIDTHS = (1, 2, 4, 8, 16)
@@ -129,52 +129,52 @@ class Runner:
             y: Tensor = self.block(x, *args)
             return y
         keys, values, where, key_index = layer
+        starts = () if slots.starts is None else (slots.starts,)
         tensors: list[Tensor] = []
-        marks: list[Any] = list(slots.positions.shape)
+        marks: list[Any] = [slots.positions.shape, len(starts)]
         spread((x, *others), tensors, marks)
-        spread((mask,), tensors, marks, key_index.shape[0])
         key = tuple(marks)
         bound = self.bound.get(key)
         if bound is None:
             bound = self.bound[key] = self._bind(key, (x, *others), mask, slots, layer)
-        tensors += (slots.positions, slots.index, where, key_index, keys, values)
+        tensors += (slots.positions, slots.index, where, key_index, keys, values, *starts)
         return bound.run(bound.weights + [tensors[number] for number in bound.others])[0]
 
     def _bind(self, key: tuple[Any, ...], args: tuple[Any, ...], mask: Any, slots: ShortSlots, placed: Placed) -> Bound:
+        if not isinstance(mask, Unlowered):
+            text = f"{type(self.block).__qualname__} is given a {type(mask).__qualname__} for a mask, and not one of `Masks`"
+            raise LoadError("LD-COMPILE", text, hint="set compiler.scope to 'step'")
         if self.lifted is None:
-            self.lifted = lift(self.block)
+            self.lifted = lift((self.block, mask))
         kind = self.kinds.setdefault(self.lifted.signature, Kind(self.lifted, {}))
         graph = kind.graphs.get(key)
         if graph is None:
-            graph = kind.graphs[key] = self._graph(kind.lifted, key, args, mask, slots, placed)
+            graph = kind.graphs[key] = self._graph(kind.lifted, key, args, slots, placed)
         tensors, count = self.lifted.tensors, len(self.lifted.tensors)
         weights = [tensors[number] for number in graph.inputs if number < count]
         return Bound(graph.run, weights, tuple(number - count for number in graph.inputs if number >= count))
 
-    def _graph(
-        self, lifted: Lifted, key: tuple[Any, ...], args: tuple[Any, ...], mask: Any, slots: ShortSlots, placed: Placed
-    ) -> Graph:
-        b, t = slots.positions.shape
-        n = placed.key_index.shape[0]
+    def _graph(self, lifted: Lifted, key: tuple[Any, ...], args: tuple[Any, ...], slots: ShortSlots, placed: Placed) -> Graph:
         passed: list[Tensor] = []
-        lowered: list[Tensor] = []
         spread(args, passed, [])
-        spread((mask,), lowered, [])
-        inputs = [Input(tensor) for tensor in (*lifted.tensors, *passed)]
-        inputs += [Input(tensor, {tensor.dim() - 1: USED} if ends_with(tensor, n) else {}) for tensor in lowered]
-        inputs += [Input(slots.positions), Input(slots.index), *placed_inputs(placed)]
+        inputs = [Input(tensor) for tensor in (*lifted.tensors, *passed, slots.positions, slots.index)]
+        inputs += placed_inputs(placed)
+        inputs += [] if slots.starts is None else [Input(slots.starts)]
         count = len(lifted.tensors)
 
         def function(given: Sequence[Tensor]) -> Tensor:
-            block, rest = lifted.rebuild(given[:count]), iter(given[count:])
-            others, (masked,) = gather(args, rest), gather((mask,), rest)
-            positions, index, where, key_index, keys, values = rest
+            block, (prepare, spec) = lifted.rebuild(given[:count])
+            rest = iter(given[count:])
+            others = gather(args, rest)
+            positions, index, where, key_index, keys, values, *starts = rest
             layer = TracedLayer(Placed(keys, values, where, key_index))
-            y: Tensor = block(*others, masked, TracedSlots(index, positions, None, [layer], {}), layer)
+            traced = TracedSlots(index, positions, starts[0] if starts else None, [layer], {spec: key_index})
+            y: Tensor = block(*others, prepare(spec, traced.visible(spec)), traced, layer)
             return y
 
+        b, t = slots.positions.shape
         return self.graphs.get(
-            f"a block of the kind {lifted.signature[:6]} for {b} x {t} tokens{', masked' if lowered else ''}",
+            f"a block of the kind {lifted.signature[:6]} for {b} x {t} tokens{'' if slots.starts is None else ', padded'}",
             function,
             inputs,
             ["block", lifted.signature, repr(key)],
@@ -273,27 +273,21 @@ def placed_inputs(placed: Placed) -> Iterator[Input]:
     yield Input(placed.values, {2: ROOM})
 
 
-def ends_with(tensor: Tensor, n: int) -> bool:
-    """Whether its last dimension of several are the `n` slots in use."""
-    return tensor.dim() > 1 and tensor.shape[-1] == n
-
-
-def spread(parts: Iterable[Any], tensors: list[Tensor], marks: list[Any], n: int | None = None) -> None:
-    """Append the tensors of `parts` to `tensors`, and to `marks` what a graph of them depends on: shapes, without a last dimension
-    of `n`, types of tuples, and constants. Raises `LoadError` (LD-COMPILE) for anything else."""
+def spread(parts: Iterable[Any], tensors: list[Tensor], marks: list[Any]) -> None:
+    """Append the tensors of `parts` to `tensors`, and to `marks` what a graph of them depends on: shapes, types of tuples, and
+    constants. Raises `LoadError` (LD-COMPILE) for anything else."""
     for part in parts:
         if isinstance(part, Tensor):
             tensors.append(part if part.is_contiguous() else part.contiguous())
-            marks.append(part.shape[:-1] if n is not None and ends_with(part, n) else part.shape)
-            marks.append(part.dim())
+            marks.append(part.shape)
         elif isinstance(part, tuple):
             marks += (type(part), len(part))
-            spread(part, tensors, marks, n)
+            spread(part, tensors, marks)
         elif part is None or isinstance(part, bool | int | float | str):
             marks.append((type(part), part))
         else:
             text = f"a block is given a {type(part).__qualname__}, and only tensors, tuples of them and constants can be"
-            raise LoadError("LD-COMPILE", text, hint="choose another attention, or set compiler.scope to 'step'")
+            raise LoadError("LD-COMPILE", text, hint="set compiler.scope to 'step'")
 
 
 def gather(parts: tuple[Any, ...], tensors: Iterator[Tensor]) -> tuple[Any, ...]:

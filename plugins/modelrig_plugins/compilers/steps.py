@@ -5,7 +5,7 @@ Shapes: b batch, t tokens of this step, g key/value heads, s slots of the buffer
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -45,9 +45,15 @@ def places(slots: Slots) -> list[Placed] | None:
     return placed
 
 
+class Unlowered(NamedTuple):
+    """What a mask is made of, in its place: it is lowered within the graph."""
+
+    prepare: Callable[[AttentionSpec, Visibility], Any]
+    spec: AttentionSpec
+
+
 class ShortSlots(Slots):
-    """Slots of a step whose blocks run compiled; they alone see its layers, which are `Placed`. Masks are lowered outside, over the
-    slots in use."""
+    """Slots of a step whose blocks run compiled; they alone see its layers, which are `Placed`, and its masks, `Unlowered`."""
 
     def __init__(self, slots: Slots, placed: Sequence[Placed]) -> None:
         super().__init__(
@@ -58,15 +64,9 @@ class ShortSlots(Slots):
             layers=placed,  # type: ignore[arg-type]
             past=slots.past,
         )
-        self.inner = slots
 
-    def visible(self, spec: AttentionSpec) -> Visibility:
-        """Without `past` where there is a window, so that the mask is of one kind before and after the window is full."""
-        return timeless(self.inner.visible(spec))
-
-
-def timeless(seen: Visibility) -> Visibility:
-    return seen if seen.window is None else seen._replace(past=None)
+    def lower(self, prepare: Callable[[AttentionSpec, Visibility], Any], spec: AttentionSpec) -> Unlowered:
+        return Unlowered(prepare, spec)
 
 
 class TracedLayer:
@@ -92,6 +92,7 @@ class TracedSlots(Slots):
         self.seen = seen
 
     def visible(self, spec: AttentionSpec) -> Visibility:
+        """Without `past` where there is a window, so that the graph is one before and after the window is full."""
         key_index = self.seen[spec]
-        past = key_index.shape[0] - self.index.shape[0]
-        return timeless(Visibility(self.index, key_index, self.starts, spec.window, spec.causal, past))
+        past = None if spec.window is not None else key_index.shape[0] - self.index.shape[0]
+        return Visibility(self.index, key_index, self.starts, spec.window, spec.causal, past)

@@ -73,9 +73,8 @@ class _Walk:
         self.opaque: list[str] = []
         self.homes: set[str] = set()
         self.specs: dict[AttentionSpec, None] = {}
-        self.seen: dict[int, tuple[int, Build, Any]] = {}  # id → (number, how it is built, what keeps the id taken)
+        self.seen: dict[int, tuple[int, Build | None, Any]] = {}  # id → (number, how it is built once that is known, it)
         self.references = 0  # to tensors, and to what was met before and may hold some
-        self.open: set[int] = set()  # ids of what is being taken apart
 
     def visit(self, it: Any, path: str) -> Build:
         if isinstance(it, CONSTANTS):
@@ -83,15 +82,17 @@ class _Walk:
             return _same(it)
         if id(it) in self.seen:
             number, build, _ = self.seen[id(it)]
+            if build is None:  # it holds itself
+                if not isinstance(it, types.FunctionType) and _fields(it) is None:
+                    return self._keep(it, path)
+                build = lambda _, built: built[id(it)]  # noqa: E731
             self.words.append(f"again {number}")
             self.references += 1
             return build
-        if id(it) in self.open:  # it holds itself
-            return self._keep(it, path)
-        self.open.add(id(it))
+        number = len(self.seen)
+        self.seen[id(it)] = (number, None, it)
         build = self._part(it, path)
-        self.open.remove(id(it))
-        self.seen[id(it)] = (len(self.seen), build, it)
+        self.seen[id(it)] = (number, build, it)
         return build
 
     def _part(self, it: Any, path: str) -> Build:
@@ -153,14 +154,16 @@ class _Walk:
     def _function(self, it: types.FunctionType, path: str) -> Build:
         self.homes.add(it.__module__)
         self.words.append(f"function {it.__module__} {it.__qualname__} {_code(it.__code__)}")
-        cells = self.visit([_contents(cell) for cell in it.__closure__ or ()], f"{path}()")
+        held = self.visit([_contents(cell) for cell in it.__closure__ or ()], f"{path}()")
         defaults = self.visit((it.__defaults__, it.__kwdefaults__), f"{path}()")
 
         def build(tensors: Sequence[Any], built: dict[int, Any]) -> Any:
-            closure = tuple(types.CellType(value) for value in cells(tensors, built))
-            first, named = defaults(tensors, built)
-            made = types.FunctionType(it.__code__, it.__globals__, it.__name__, first, closure)
-            made.__kwdefaults__, made.__module__, made.__qualname__ = named, it.__module__, it.__qualname__
+            cells = tuple(types.CellType() for _ in it.__closure__ or ())
+            made = built[id(it)] = types.FunctionType(it.__code__, it.__globals__, it.__name__, None, cells)
+            for cell, value in zip(cells, held(tensors, built), strict=True):
+                cell.cell_contents = value
+            made.__defaults__, made.__kwdefaults__ = defaults(tensors, built)
+            made.__module__, made.__qualname__ = it.__module__, it.__qualname__
             return made
 
         return self._made(it, build) if it.__closure__ else _same(it)
@@ -206,7 +209,7 @@ class _Walk:
         others = {name: value for name, value in vars(it).items() if name in _OF_EVERY_MODULE} if isinstance(it, nn.Module) else {}
 
         def build(tensors: Sequence[Any], built: dict[int, Any]) -> Any:
-            made = object.__new__(type(it))
+            made = built[id(it)] = object.__new__(type(it))
             for name, value in others.items():
                 object.__setattr__(made, name, value)
             for name, part in parts:

@@ -48,7 +48,7 @@ def test_a_rebuilt_block_computes_with_the_other_weights(llama_folder: Path) -> 
         assert torch.equal(blocks[1].mlp(x), rebuilt.mlp(x))
         assert not torch.equal(blocks[0].mlp(x), rebuilt.mlp(x))
     assert {SPEC.num_heads} != first.specs and len(first.specs) == 1
-    assert {"modelrig.modules.decoder", "modelrig.modules.norms", "modelrig_plugins.attention.sdpa"} <= first.homes
+    assert {"modelrig.modules.decoder", "modelrig.modules.norms", "modelrig_plugins.attention.sdpa_module"} <= first.homes
 
 
 class Holder:
@@ -120,9 +120,33 @@ def test_what_cannot_be_taken_apart_equals_nothing() -> None:
     one, other = lift(Holder(source=generator)), lift(Holder(source=generator))
     assert ("block.source: Generator",) == one.opaque
     assert one.signature != other.signature
-    holder = Holder()
+    listed: list[Any] = []
+    listed.append(listed)
+    assert lift(listed).opaque
+
+
+def test_what_holds_itself_is_rebuilt_so() -> None:
+    def recursive(weight: Tensor) -> Any:
+        def multiply(x: Tensor) -> Tensor:
+            return multiply(x.unsqueeze(0)).squeeze(0) if x.dim() == 1 else x @ weight
+
+        return multiply
+
+    holder = Holder(weight=W, kernel=recursive(W))
     holder.itself = holder  # type: ignore[attr-defined]
-    assert lift(holder).opaque
+    lifted = lift(holder)
+    assert () == lifted.opaque
+    assert lifted.signature == lift(holder).signature
+    made = lifted.rebuild([W + 1])
+    assert made.itself is made
+    assert torch.equal(torch.ones(2) @ (W + 1), made.kernel(torch.ones(2)))
+
+
+@pytest.mark.parametrize("kernel", ["mv", "linear"])
+def test_kernels_of_dense_weights_are_understood(kernel: str) -> None:
+    maker = DenseLinear(NoneOptions(kernel))
+    first, second = (lift(maker.make_linear(W.bfloat16() + n, None)) for n in range(2))
+    assert (True, ()) == (first.signature == second.signature, first.opaque)
 
 
 def test_an_object_says_itself_what_a_graph_of_it_depends_on() -> None:
