@@ -66,18 +66,20 @@ class SdpaAttention:
         if lowered is None:
             lowered = Lowered(visible.dense(), False)
         device = visible.query_index.device.type
-        if torch.compiler.is_compiling():  # torch chooses while it traces; what is not permitted is not offered to it
-            lowered.is_restricted = self.kernels[0] != "flash" if device == "cpu" else "math" not in self.kernels
-        elif device == "cpu" and (way := self._ways.get((spec, lowered.mask is None, lowered.is_causal))) is not None:
+        way = None
+        if device == "cpu" and not torch.compiler.is_compiling():
+            way = self._ways.get((spec, lowered.mask is None, lowered.is_causal))
+        if way is not None:
             lowered.is_restricted, lowered.repeats, lowered.kernel = way
-        else:
+        else:  # where torch chooses while it traces, what is not permitted is not offered to it
+            lowered.is_restricted = "flash" not in self.kernels if device == "cpu" else "math" not in self.kernels
             lowered.is_known = False
         return lowered
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Lowered, spec: AttentionSpec) -> Tensor:
         if spec.value_dim != spec.head_dim:
             q, k, v = equal_widths(q, k, v)
-        if not mask.is_known:
+        if not mask.is_known and not torch.compiler.is_compiling():
             self._look(q, k, v, mask, spec)
         if mask.is_restricted or mask.repeats:
             y = self._call_as_found(q, k, v, mask, spec)
