@@ -76,7 +76,7 @@ class SdpaAttention:
             self._open.add(form)
             self._by_form = self._by_form or not on_cpu
         # What is expected, and what a graph is made of: torch chooses while it traces, what is not permitted is not offered to it.
-        expected = Way(self.kernels[0] != "flash" if on_cpu else "math" not in self.kernels)
+        expected = Way("flash" not in self.kernels if on_cpu else "math" not in self.kernels)
         return Lowered(mask, is_causal, self._ways.get(form, expected) if on_cpu else expected)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Lowered, spec: AttentionSpec) -> Tensor:

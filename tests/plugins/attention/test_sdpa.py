@@ -181,3 +181,15 @@ def test_the_trial_itself_runs_in_a_child_process() -> None:
     assert torch.__version__ == tried.found["versions"]["torch"]
     failed = run(attention_probe("sdpa", need, {"kernels": ["efficient"]}, packages=("torch",)))
     assert "PL-KERNEL" in (failed.found or {})["error"]
+
+
+@pytest.mark.parametrize("kernels", ["flash", "math"])
+def test_a_compiled_block_takes_masks_that_were_made_outside_of_it(kernels: str) -> None:
+    kernel, eager, spec = SdpaAttention(SdpaOptions(kernels)), EagerAttention(), AttentionSpec(4, 2, 16, 16, 0.3)
+    attend = torch.compile(lambda q, k, v, mask: kernel.attend(q, k, v, mask, spec) * 1.0, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        for seen in (visible(0, 4), visible(0, 4, [0, 3])):
+            q, k = torch.randn(2, 4, 4, 16), torch.randn(2, 2, 4, 16)
+            expected = eager.attend(q, k, k, eager.prepare(spec, seen), spec)
+            torch.testing.assert_close(expected, attend(q, k, k, kernel.prepare(spec, seen)))
+    torch._dynamo.reset()
