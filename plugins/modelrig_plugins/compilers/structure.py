@@ -74,6 +74,7 @@ class _Walk:
         self.homes: set[str] = set()
         self.specs: dict[AttentionSpec, None] = {}
         self.seen: dict[int, tuple[int, Build | None, Any]] = {}  # id → (number, how it is built once that is known, it)
+        self.places = count()
         self.references = 0  # to tensors, and to what was met before and may hold some
 
     def visit(self, it: Any, path: str) -> Build:
@@ -89,10 +90,12 @@ class _Walk:
             self.words.append(f"again {number}")
             self.references += 1
             return build
-        number = len(self.seen)
+        number, before = next(self.places), self.references
         self.seen[id(it)] = (number, None, it)
         build = self._part(it, path)
         self.seen[id(it)] = (number, build, it)
+        if self.references == before:  # of what holds no tensor only the value counts, wherever it is met
+            del self.seen[id(it)]
         return build
 
     def _part(self, it: Any, path: str) -> Build:
