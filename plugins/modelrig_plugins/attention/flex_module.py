@@ -49,7 +49,7 @@ class Lowered(NamedTuple):
     first: Tensor  # int64 [], index of the first query
     keys: Tensor  # int64 [s or more], index of the token in each slot
     starts: Tensor | None  # int64 [b or more]
-    seen: tuple[Tensor, Tensor] | None  # int64 [s or more], the first query that sees a slot, and the first that does not again
+    seen: tuple[Tensor, Tensor] | None  # int64 [1 or b, s or more], the first query that sees a slot, and the first that does not
     numbers: Numbers
 
 
@@ -63,7 +63,9 @@ class FlexAttention:
         if visible.seen_from is not None or visible.seen_until is not None:
             since = torch.zeros_like(keys) if visible.seen_from is None else visible.seen_from
             until = torch.full_like(keys, FAR) if visible.seen_until is None else visible.seen_until
-            seen = since, until
+            since, until = (one if one.dim() == 2 else one[None] for one in (since, until))
+            rows = max(since.shape[0], until.shape[0])
+            seen = since.expand(rows, -1), until.expand(rows, -1)
         if torch.compiler.is_compiling():
             return Lowered(index[0], keys, starts, seen, constants(spec, device))
         numbers = self._numbers.get((spec, device))
@@ -101,7 +103,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Lowered) -> Tensor:
         behind = index - key
         found, own = (behind >= nearest) & (behind < reach), behind == 0
         if seen is not None:
-            shown = (index >= seen[0][slot]) & (index < seen[1][slot])
+            place = row if seen[0].shape[0] > 1 else 0
+            shown = (index >= seen[0][place, slot]) & (index < seen[1][place, slot])
             found, own = found & shown, own & shown
         return found if starts is None else (found & (key >= starts[row])) | own
 
@@ -156,8 +159,8 @@ def constants(spec: AttentionSpec, device: torch.device) -> Numbers:
 
 
 def fixed(numbers: Tensor, least: int) -> Tensor:
-    """A copy of `numbers` [n] that a graph may take to be of one size: `least`, or twice that, or twice again."""
-    size = max(least, 1 << (numbers.shape[0] - 1).bit_length())
-    padded = F.pad(numbers, (0, size - numbers.shape[0]))
+    """A copy of `numbers` [..., n] that a graph may take to be of one size: `least`, or twice that, or twice again."""
+    count = numbers.shape[-1]
+    padded = F.pad(numbers, (0, max(least, 1 << (count - 1).bit_length()) - count))
     torch._dynamo.mark_static(padded)
     return padded
