@@ -654,7 +654,8 @@ class LayerCache(Protocol):
 class Cache(Protocol):
     """Owns positions and lengths. A step is `begin(n)` → `model.step(ids, slots)` → `commit(k)` with k ≤ n.
 
-    An error in any method leaves the cache as it was. `padding` gives each row's number of pad tokens on the left.
+    An error in any method leaves the cache as it was. `padding` gives each row's number of pad tokens on the left;
+    without it no row is padded.
     """
 
     batch: int

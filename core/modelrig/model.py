@@ -308,7 +308,7 @@ class Model:
             raise GenerateError("GN-INPUT", "only the first call on a cache can be padded", locus="attention_mask")
         if cache.batch != rows:
             raise CacheError("CA-ARGS", f"the cache has {cache.batch} rows, the input {rows}", locus="batch")
-        if batch.padding is not None:
+        if batch.padding is not None and any(batch.padding):
             cache.reset(batch.padding)
         logits = self.step(batch.ids, begin(cache, count))
         cache.commit(count)

@@ -59,7 +59,7 @@ class CachePool:
         create: `create(batch, capacity, padding)`.
     """
 
-    def __init__(self, plan: RigPlan, create: Callable[[int, int, Sequence[int]], Cache]) -> None:
+    def __init__(self, plan: RigPlan, create: Callable[[int, int, Sequence[int] | None], Cache]) -> None:
         self._plan, self._create = plan, create
         self._idle: list[Cache] = []  # at most one
         self._is_open = True
@@ -69,14 +69,13 @@ class CachePool:
         """Bytes of the cache that waits for the next call."""
         return sum(cache.nbytes for cache in self._idle)
 
-    def borrow(self, needed: int, padding: Sequence[int]) -> Cache:
-        """An empty cache with a row for each of `padding` and room for `needed` tokens: the idle one if it serves, else a new
-        one, as long as planned, or for more rows than planned just long enough.
+    def borrow(self, batch: int, needed: int, padding: Sequence[int] | None) -> Cache:
+        """An empty cache of `batch` rows and room for `needed` tokens: the idle one if it serves, else a new one, as long as
+        planned, or for more rows than planned just long enough.
 
         Raises:
             ResourceLimitError: RL-MEM when a batch larger than the planned one does not fit into memory.
         """
-        batch = len(padding)
         if (idle := self._take()) is not None:
             if idle.batch == batch and idle.capacity >= needed:
                 idle.reset(padding)

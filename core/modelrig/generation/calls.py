@@ -87,8 +87,8 @@ class Caller:
         limit = call.limit(longest, 0, self.plan.context, self.plan.facts.context_length, unfed=1)
         room = self.plan.context - (longest + limit - 1)
         extra = min(-longest % multiple, room)
-        padding = [longest + extra - len(row) for row in prompts]
-        cache = self.pool.borrow(longest + extra + limit - 1, padding)
+        padding = _padding(prompts, longest + extra, call)
+        cache = self.pool.borrow(len(prompts), longest + extra + limit - 1, padding)
         try:
             run = self._run(cache, prompts, prompts, call, limit, extra=extra, returns=call.options.num_return_sequences)
             if run.num_forked:
@@ -114,7 +114,7 @@ class Caller:
         extra = min(-longest % multiple, cache.capacity - (cache.length + longest + limit))
         run = self._run(cache, rows, rows, call, limit, extra=extra, ranks=[copy for _ in prompts for copy in range(copies)])
         run.keeps_answer = True
-        if any(padding := [longest + extra - len(row) for row in rows]):
+        if not follows and (padding := _padding(rows, longest + extra, call)) is not None:
             cache.reset(padding)
         return run
 
@@ -155,3 +155,10 @@ class Caller:
                 "GN-ARGS", f"the decoder {choice.name} does not sample", locus="temperature", hint="plan with decoder='auto'"
             )
         return self.plan.decoder_when_sampling
+
+
+def _padding(rows: Sequence[Sequence[int]], length: int, call: Call) -> list[int] | None:
+    """Pad tokens on the left of each row; None if there are none. Where lengths are rounded up there may be none by chance: what is
+    compiled for padded rows then serves too."""
+    padding = [length - len(row) for row in rows]
+    return padding if any(padding) or call.options.pad_to_multiple_of is not None else None
