@@ -148,9 +148,9 @@ def test_prompts_of_any_length_and_further_calls_compile_nothing(
     for length in (1, 2, 4, 8, 16, 17, 33, 100):
         model.generate(tokens(1, length)[0].tolist(), max_new_tokens=20, ignore_eos=True)
         model(tokens(1, length))
-    with model.session() as session:
-        for text in ([5, 6, 7], [8]):
-            session.generate(text, max_new_tokens=4)
+    session = model.session()
+    for ids in ([5, 6, 7], [8]):
+        session.generate([ids], max_new_tokens=4)
     assert first == model.step.compiled + model.step.loaded == len(caplog.records)
     assert "1 x 1 tokens" in caplog.text
 
