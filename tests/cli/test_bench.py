@@ -222,6 +222,7 @@ def test_an_interrupt_prints_what_was_measured_and_ends_cleanly(llama: str) -> N
         [sys.executable, "-W", "error", "-m", "modelrig", "bench", llama, "--cache", "static", "--cache", "dynamic",
          "--context", "2000", "--new-tokens", "400", "--repeat", "100000"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,  # a run in the background ignores it
     )  # fmt: skip
     assert process.stderr is not None
     for line in process.stderr:
@@ -229,7 +230,10 @@ def test_an_interrupt_prints_what_was_measured_and_ends_cleanly(llama: str) -> N
             break
     time.sleep(1)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    try:
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert 130 == process.returncode
     assert "interrupted" == err.strip()
 
