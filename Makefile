@@ -1,5 +1,6 @@
 # make demo    set up, then plan, load and generate with the bundled model
 # make test    set up, then run the tests
+# make test-long  the tests that take minutes: every combination with compiled steps
 # make check   set up, then lint, types, architecture
 # make docs    write docs/reference and the outputs shown in pages anew (three minutes: it runs the parity tests)
 # make bench   compare with transformers on this machine (long; run it on a quiet machine)
@@ -10,7 +11,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test check bench docs kill-test tiny format clean
+.PHONY: demo test test-long check bench docs kill-test tiny format clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/modelrig plan tiny
@@ -18,6 +19,9 @@ demo: $(VENV)/.runtime
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
+
+test-long: $(VENV)/.dev
+	$(BIN)/python -m pytest -m long
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

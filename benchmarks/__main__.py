@@ -3,6 +3,6 @@
 import subprocess
 import sys
 
-for name in ("planning", "kernels", "generation", "pages", "loading", "offload", "saving", "families"):
+for name in ("planning", "kernels", "generation", "compiling", "drafting", "pages", "loading", "offload", "saving", "families"):
     print(f"\n== {name}", flush=True)
     subprocess.run([sys.executable, "-m", f"benchmarks.{name}"], check=True)

@@ -139,13 +139,13 @@ def machine() -> dict[str, Any]:
     }
 
 
-def child(code: str, *arguments: str, group: Path | None = None, **environ: str) -> dict[str, Any]:
+def child(code: str, *arguments: str, group: Path | None = None, python: str = sys.executable, **environ: str) -> dict[str, Any]:
     """Run Python `code` in a fresh process, in the control group `group`. It prints one JSON object; `seconds` and `started`
     (time.time()) are added."""
     started = time.time()
     join = None if group is None else (lambda: (group / "cgroup.procs").write_text(str(os.getpid())) and None)
     done = subprocess.run(
-        [sys.executable, "-c", code, *arguments],
+        [python, "-c", code, *arguments],
         capture_output=True,
         text=True,
         check=False,

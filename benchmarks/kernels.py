@@ -1,6 +1,6 @@
-"""Which linear kernel reads weights fastest for one row, over the shapes that decoding meets?
+"""Which linear kernel reads weights fastest for one row or a few, over the shapes that decoding meets?
 
-    python -m benchmarks.kernels [--repeats 30]
+    python -m benchmarks.kernels [--repeats 30] [--rows 1]
 
 Weights are taken in turn from a pool larger than the caches, as decoding does.
 """
@@ -22,30 +22,33 @@ SHAPES = (
     (2048, 2048), (256, 2048), (5632, 2048), (2048, 5632), (32000, 2048),
     (576, 576), (192, 576), (1536, 576), (576, 1536), (49152, 576),
 )  # fmt: skip
-#: name → (how a weight is kept, how it multiplies one row); the second takes what the first returns
+#: name → (how a weight is kept, how it multiplies x [rows, in]); the second takes what the first returns
 KERNELS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
-    "F.linear": (lambda w: w, lambda w, x: F.linear(x[None], w)),
-    "mv": (lambda w: w, torch.mv),
-    "bmm of 8 slices": (lambda w: w, lambda w, x: torch.bmm(x.expand(8, 1, -1), w.view(8, -1, len(x)).transpose(1, 2))),
-    "oneDNN, plain": (lambda w: w, lambda w, x: torch.ops.mkldnn._linear_pointwise(x[None], w, None, "none", [], "")),
+    "F.linear": (lambda w: w, lambda w, x: F.linear(x, w)),
+    "mv": (lambda w: w, lambda w, x: torch.mv(w, x[0])),
+    "bmm of 8 slices": (lambda w: w, lambda w, x: torch.bmm(x.expand(8, 1, -1), w.view(8, -1, x.shape[1]).transpose(1, 2))),
+    "turned": (lambda w: w, lambda w, x: torch.mm(w, x.t()).t().contiguous()),
+    "oneDNN, plain": (lambda w: w, lambda w, x: torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")),
     "oneDNN, packed": (
         lambda w: torch.ops.mkldnn._reorder_linear_weight(w, 1),
-        lambda w, x: torch.ops.mkldnn._linear_pointwise(x[None], w, None, "none", [], ""),
+        lambda w, x: torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], ""),
     ),
 }
+ONE_ROW = ("mv", "bmm of 8 slices")  # cannot do more
 POOL_BYTES = 1 << 28
 
 
-def gigabytes_per_second(rows: int, columns: int, dtype: torch.dtype, repeats: int) -> dict[str, float]:
+def gigabytes_per_second(rows: int, columns: int, dtype: torch.dtype, repeats: int, tokens: int) -> dict[str, float]:
     """Median of each kernel, all of them in turn in every repeat, since the machine's mood changes."""
     count = max(2, min(64, POOL_BYTES // (rows * columns * dtype.itemsize)))
     pool = [torch.randn(rows, columns).to(dtype) for _ in range(count)]
-    kept = {name: [keep(weight) for weight in pool] for name, (keep, _) in KERNELS.items()}
-    x = torch.randn(columns).to(dtype)
-    seconds: dict[str, list[float]] = {name: [] for name in KERNELS}
+    kernels = {name: kernel for name, kernel in KERNELS.items() if tokens == 1 or name not in ONE_ROW}
+    kept = {name: [keep(weight) for weight in pool] for name, (keep, _) in kernels.items()}
+    x = torch.randn(tokens, columns).to(dtype)
+    seconds: dict[str, list[float]] = {name: [] for name in kernels}
     with torch.inference_mode():
         for _ in range(repeats + 1):
-            for name, (_, multiply) in KERNELS.items():
+            for name, (_, multiply) in kernels.items():
                 started = time.perf_counter()
                 for weight in kept[name]:
                     multiply(weight, x)
@@ -57,16 +60,18 @@ def gigabytes_per_second(rows: int, columns: int, dtype: torch.dtype, repeats: i
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=10)
-    repeats = parser.parse_args().repeats
+    parser.add_argument("--rows", type=int, default=1)
+    asked = parser.parse_args()
     figures = {}
     for dtype in (torch.bfloat16, torch.float32):
         rows = []
         for shape in SHAPES:
-            rates = gigabytes_per_second(*shape, dtype, repeats)
+            rates = gigabytes_per_second(*shape, dtype, asked.repeats, asked.rows)
             figures[f"{shape[0]}x{shape[1]} {dtype}".replace("torch.", "")] = rates
             rows.append([f"{shape[0]} × {shape[1]}", *rates.values()])
-        print(f"\n{dtype}, GB/s of weights\n\n{table(['weight', *KERNELS], rows)}", flush=True)
-    write("kernels", {"repeats": repeats, "gigabytes_per_second": figures})
+        print(f"\n{dtype}, {asked.rows} rows, GB/s of weights\n\n{table(['weight', *rates], rows)}", flush=True)
+    name = "kernels" if asked.rows == 1 else f"kernels-{asked.rows}-rows"
+    write(name, {"repeats": asked.repeats, "rows": asked.rows, "gigabytes_per_second": figures})
 
 
 if __name__ == "__main__":

@@ -57,6 +57,10 @@ def hooks_page() -> str:
     return "\n".join(parts)
 
 
+#: of a kind that a call chooses
+NONE_SHIPS = "None ships with Modelrig; [this page](../how-to/constrain-output.md) names one to install.\n"
+
+
 def components_page() -> str:
     parts = [f"# Components\n\n{NOTE}\nWhat ships with Modelrig; `modelrig plugins` lists what is installed on your machine.\n"]
     for kind in KINDS:
@@ -65,7 +69,8 @@ def components_page() -> str:
             (f"`{one.name}`", one.descriptor.summary, _tokens(one.descriptor.offers), _needs(one.descriptor.needs)) for one in ours
         )
         described = (inspect.getdoc(DESCRIPTORS[kind]) or "").splitlines()[0]
-        parts.append(f"## {kind}\n\n{described}\n\n{table(('name', 'what', 'offers', 'needs'), *rows)}")
+        shown = table(("name", "what", "offers", "needs"), *rows) if ours else NONE_SHIPS
+        parts.append(f"## {kind}\n\n{described}\n\n{shown}")
         parts += [text for one in ours if (text := _options(one))]
     return "\n".join(parts)
 
@@ -207,8 +212,9 @@ FOREIGN_VARIABLES = {
     "HF_TOKEN": "the token for gated and private models",
     "HF_ENDPOINT": "another server than the hub's own",
     "CUDA_VISIBLE_DEVICES": "the GPUs that are there for this process",
+    "XDG_CACHE_HOME": "below it, in modelrig/probes, is what trials of kernels found",
+    "CXX": "the C++ compiler, where something is compiled; g++ without it",
     "OMP_NUM_THREADS": "threads torch computes with on the CPU",
-    "XDG_CACHE_HOME": "where `modelrig bench --tune` keeps what it measured; by default `~/.cache`",
 }
 
 

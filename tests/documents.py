@@ -89,7 +89,8 @@ class Block:
 
 def pages() -> list[Path]:
     """Every page people read, written by hand."""
-    found = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")]
+    found = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+    found += [page for folder in ("docs", "examples", "contrib") for page in (ROOT / folder).rglob("*.md")]
     return sorted(page for page in found if GENERATED not in page.read_text(encoding="utf-8"))
 
 
@@ -185,9 +186,10 @@ _BUILTINS: dict[str, Callable[[Shell, list[str]], tuple[int, str]]] = {
 
 @contextlib.contextmanager
 def plain_machine() -> Iterator[None]:
-    """Pages show a machine without a GPU and without special instructions, so that they look the same wherever they are run."""
+    """Pages show a machine without a GPU, with AVX2 and a compiler, so that they look the same wherever they are run."""
     with (
-        patch("modelrig.planning.environment.read_cpu", return_value=("a CPU", frozenset())),
+        patch("modelrig.planning.environment.read_cpu", return_value=("a CPU", frozenset({"avx2"}))),
+        patch("modelrig.planning.environment.find_lack_of_cpp", return_value=None),
         patch("modelrig.planning.environment.visible_gpus", return_value=((), 0, None)),
     ):
         yield
@@ -200,7 +202,8 @@ def empty_folder() -> Iterator[Shell]:
         shell = Shell(Path(folder, "work"), Path(folder, "site"))
         shell.cwd.mkdir()
         shell.site.mkdir()
-        (shell.cwd / "examples").symlink_to(ROOT / "examples")
+        for shown in ("examples", "contrib"):
+            (shell.cwd / shown).symlink_to(ROOT / shown)
         sys.path.insert(0, str(shell.site))
         try:
             with contextlib.chdir(shell.cwd):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hatchling.builders.wheel import WheelBuilder
 
-from modelrig.components import KINDS, NOTHING_TO_PLAN
+from modelrig.components import KINDS, NOTHING_TO_PLAN, PLANNED
 from modelrig.hookspecs import ENTRY_POINT_GROUP
 from modelrig.registry import current
 
@@ -21,7 +21,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 MOST_LINES = 450
 #: files that may be longer, and why
-LONG_FILES = {"core/modelrig/components.py": (840, "an author of parts finds all there is to implement in one file")}
+LONG_FILES = {"core/modelrig/components.py": (960, "an author of parts finds all there is to implement in one file")}
 
 #: strings in decisions of core that are spelt like a component, and what they are
 NO_COMPONENTS = {
@@ -142,8 +142,8 @@ def test_the_installed_entry_points_are_those_of_the_project() -> None:
     assert written == installed, "install again: pip install --editable ."
 
 
-def test_there_is_one_plugin_for_each_kind() -> None:
-    assert {kind: f"modelrig_plugins.{kind}" for kind in KINDS} == PROJECT["project"]["entry-points"][ENTRY_POINT_GROUP]
+def test_there_is_one_plugin_for_each_kind_of_a_plan() -> None:
+    assert {kind: f"modelrig_plugins.{kind}" for kind in PLANNED} == PROJECT["project"]["entry-points"][ENTRY_POINT_GROUP]
 
 
 def test_the_wheel_holds_both_packages_and_nothing_else() -> None:

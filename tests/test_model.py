@@ -609,3 +609,13 @@ def test_every_error_is_of_one_family(bare: modelrig.Model) -> None:
     with pytest.raises(ModelrigError) as caught:
         bare.generate([97])
     assert {"error": "GenerateError", "code": "GN-INPUT"}.items() <= caught.value.to_json().items()
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static", "sliding", "quantized", "offloaded"])
+def test_prompts_may_hold_end_of_text_ids_and_what_pads_them_is_no_token(tmp_path: Path, cache: str) -> None:
+    """A pad token that is the end-of-text id too is told from it by its place, not by its number."""
+    write_llama(tmp_path, eos_token_id=0, pad_token_id=0)
+    prompts = [[0, 0, 5, 0], [7, 0], [0], [3, 4, 0, 0, 0, 9, 0]]
+    with modelrig.load(tmp_path, cache=cache) as model:
+        alone = [model.generate(prompt, max_new_tokens=9).tokens for prompt in prompts]
+        assert alone == [one.tokens for one in model.generate(prompts, max_new_tokens=9)]

@@ -34,11 +34,16 @@ if TYPE_CHECKING:
 
 API_VERSION = "1.0"
 
-#: The kinds of component. Three are identified (exactly one claims the input), five are negotiated.
-KINDS = ("sources", "formats", "architectures", "quantizers", "attention", "caches", "decoders", "compilers")
+#: The kinds of component. Three are identified (exactly one claims the input), five are negotiated; a plan consists of these.
+#: The last is no part of a plan: each call of `generate` chooses by what it asks for.
+KINDS = ("sources", "formats", "architectures", "quantizers", "attention", "caches", "decoders", "compilers", "constraints")
 IDENTIFIED = KINDS[:3]
 #: request key → kind, for the negotiated kinds
 SLOTS = {"quantizer": "quantizers", "attention": "attention", "cache": "caches", "decoder": "decoders", "compiler": "compilers"}
+#: the kinds that a plan consists of
+PLANNED = (*IDENTIFIED, *SLOTS.values())
+#: import string of `NoPlanner`
+NOTHING_TO_PLAN = "modelrig.components:NoPlanner"
 
 DTYPE_BITS: dict[str, int] = {
     "bool": 8, "uint8": 8, "int8": 8, "uint16": 16, "int16": 16, "uint32": 32, "int32": 32, "uint64": 64, "int64": 64,
@@ -231,9 +236,32 @@ class Compiler(Component):
     capabilities: CompilerCapabilities
 
 
+@frozen(kw_only=True)
+class Constraint(Component):
+    """What compiles grammars into masks of tokens, for calls that ask for a constraint. Implementation: `ConstraintCompiler`.
+
+    `languages` are the words by which a call names a way to write constraints: `regex`, `json_schema` and `lark` are those of ours.
+    There is nothing to plan.
+    """
+
+    kind: ClassVar[str] = "constraints"
+    planner: str = NOTHING_TO_PLAN
+    languages: frozenset[str] = field(converter=_names)
+
+
 DESCRIPTORS: dict[str, type[Component]] = {
     descriptor.kind: descriptor
-    for descriptor in (Source, Format, Architecture, Quantizer, AttentionBackend, CacheImplementation, Decoder, Compiler)
+    for descriptor in (
+        Source,
+        Format,
+        Architecture,
+        Quantizer,
+        AttentionBackend,
+        CacheImplementation,
+        Decoder,
+        Compiler,
+        Constraint,
+    )
 }
 
 # ------------------------------------------------------------------------------------------------ planners in general
@@ -258,10 +286,6 @@ class Planner(Protocol):
 
 class NoPlanner:
     """The planner of a component about which data says everything."""
-
-
-#: import string of `NoPlanner`
-NOTHING_TO_PLAN = "modelrig.components:NoPlanner"
 
 
 # ------------------------------------------------------------------------------------------------ sources
@@ -606,7 +630,8 @@ class AttentionKernel(Protocol):
 
 
 class CachePlanner(Protocol):
-    """Counts a cache's bytes."""
+    """Counts a cache's bytes. One whose bytes do not lie on the device that runs may offer
+    `places(layers, batch, context, dtype, options, device)`: "cpu", "disk" or the `device` that runs → bytes there."""
 
     def nbytes(self, layers: Sequence[AttentionSpec], batch: int, context: int, dtype: str, options: Any) -> int:
         """Bytes of keys and values when `context` tokens of `batch` rows are held: what the cache's `nbytes` measures then."""
@@ -629,7 +654,8 @@ class LayerCache(Protocol):
 class Cache(Protocol):
     """Owns positions and lengths. A step is `begin(n)` → `model.step(ids, slots)` → `commit(k)` with k ≤ n.
 
-    An error in any method leaves the cache as it was. `padding` gives each row's number of pad tokens on the left.
+    An error in any method leaves the cache as it was. `padding` gives each row's number of pad tokens on the left;
+    without it no row is padded.
     """
 
     batch: int
@@ -704,28 +730,6 @@ class CacheMaker(Protocol):
 
 
 # ------------------------------------------------------------------------------------------------ decoders
-
-
-class TokenMask(Protocol):
-    """Which tokens may come next in one row: a grammar, say. What `generate` takes as `constraint` makes one for each row."""
-
-    def fill(self, bits: Tensor) -> None:
-        """Set those bits of int32 [ceil(vocab / 32)], all zero before, whose tokens may come next: token t is bit t % 32 of number
-        t // 32."""
-        ...
-
-    def accept(self, token: int) -> None:
-        """`token`, which was allowed, has come."""
-        ...
-
-    def rollback(self, count: int) -> None:
-        """Forget the last `count` tokens."""
-        ...
-
-    @property
-    def is_over(self) -> bool:
-        """Nothing may follow, not even an end-of-text id: the row ends here."""
-        ...
 
 
 class Choosing(Protocol):
@@ -826,5 +830,50 @@ class StepCompiler(Protocol):
 
         A module whose blocks can be compiled one by one has a `modelrig.modules.network.Blocks`. Where only steps of some widths
         are compiled, the callable says which in `widths`, in rising order: a step of fewer tokens is best padded to the next.
+        """
+        ...
+
+
+# ------------------------------------------------------------------------------------------------ constraints
+
+
+class TokenMask(Protocol):
+    """Which tokens may come next in one row: a grammar, say. Made for each row of a call, at its beginning, all of a prompt alike:
+    a search lets rows go on as others went."""
+
+    def fill(self, bits: Tensor) -> None:
+        """Set those bits of int32 [ceil(vocab / 32)], in main memory and all zero before, whose tokens may come next: token t is
+        bit t % 32 of number t // 32. Where the text may end, the ids that end a row are among them. Bits beyond the vocabulary
+        count for nothing. `modelrig.generation.constraints.allow` sets bits of ids."""
+        ...
+
+    def accept(self, token: int) -> None:
+        """`token`, which was allowed, has come. An id that ends the row is not told, and after it nothing is asked."""
+        ...
+
+    def rollback(self, count: int) -> None:
+        """Forget the last `count` tokens."""
+        ...
+
+    @property
+    def is_over(self) -> bool:
+        """The text is complete and nothing may follow: the row ends here, without an end-of-text id. Nothing more is asked then,
+        but it may be rolled back."""
+        ...
+
+
+class ConstraintCompiler(Protocol):
+    """Created once per model, when a call first needs it: `implementation(tokenizer, vocab_size)`.
+
+    `tokenizer` is the model's (`modelrig.generation.tokenizer.Tokenizer`), `vocab_size` its number of logits, which may be more
+    than there are tokens. Raises `GenerateError` (GN-CONSTRAINT) for a tokenizer it cannot work with.
+    """
+
+    def compile(self, language: str, text: str, end_ids: Sequence[int]) -> Callable[[], TokenMask]:
+        """What makes a mask for each row of one call. `language` is one of the descriptor's, `end_ids` are the ids that end a row
+        in this call: none if there are none, or the call ignores them.
+
+        Raises `GenerateError` (GN-CONSTRAINT) for a text that is no such constraint, or too much of one. Time and memory are
+        bounded.
         """
         ...

@@ -296,6 +296,7 @@ CODES: dict[str, str] = {
     "GN-CONTEXT": "tokens do not fit into the planned context, or into the positions that the model has",
     "GN-MODEL": "not what this model is for: an encoder generates no text, a decoder has no encodings",
     "GN-TOKENIZER": "text was given, or asked for, but the model has no tokenizer",
+    "GN-CONSTRAINT": "a constraint that cannot be compiled, that nothing installed serves, or that no token can go on with",
     "GN-NAN": "the model's logits are not finite",
     # where checkpoints are, and their files
     "SR-UNKNOWN": "no source recognises the model reference",
@@ -443,4 +444,6 @@ CODES: dict[str, str] = {
     "CA-ARGS": "impossible size, count or batch",
     "CA-STATE": "calls in the wrong order, or a state that is not of such a cache",
     "CA-REWIND": "rewind beyond what the cache keeps",
+    "CA-FILE": "a saved cache that cannot be written, read, or used here",
+    "CA-SPACE": "no room on disk for a cache that lies there",
 }

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         AttentionBackend,
         CacheImplementation,
         Compiler,
+        Constraint,
         Decoder,
         Format,
         Quantizer,
@@ -225,6 +226,28 @@ def modelrig_compilers() -> Iterable[Compiler]:  # type: ignore[empty-body]
                     implementation="my_tvm.tvm_module:TvmCompiler",
                     needs={"caches": {"fixed_address"}, "attention": {"fullgraph"}},
                     capabilities=CompilerCapabilities(devices={"cpu"}),
+                )
+            ]
+    """
+
+
+@hookspec
+def modelrig_constraints() -> Iterable[Constraint]:  # type: ignore[empty-body]
+    """What compiles grammars into masks of tokens. No part of a plan: a call of `generate` names a language, and the first
+    component that declares it serves.
+
+    Example:
+        from modelrig.components import Constraint
+        from modelrig.hookspecs import hookimpl
+
+        @hookimpl
+        def modelrig_constraints():
+            return [
+                Constraint(
+                    name="automaton",
+                    summary="regular expressions, as a table of states and tokens",
+                    implementation="my_automaton.automaton:AutomatonCompiler",
+                    languages={"regex"},
                 )
             ]
     """

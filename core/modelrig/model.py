@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from modelrig.encoding.encoder import Encoded
     from modelrig.encoding.recipe import Recipe
     from modelrig.generation.calls import Caller
+    from modelrig.generation.grammars import Grammars
     from modelrig.generation.loop import Generation, Piece, Run
     from modelrig.generation.session import Session
     from modelrig.loading.progress import ProgressChoice
@@ -119,6 +120,7 @@ class Model:
         self._recipe: Recipe | None = None
         self.companions: Mapping[str, Model] = companions or {}
         self._makers: dict[str, DecoderMaker] = {}
+        self._grammars: Grammars | None = None
         self._dtype, self._device = getattr(torch, plan.dtype), torch.device(plan.device)
         self._step: Callable[..., Tensor] | None = self._parts["compilers"].compile(module, plan.choices["compilers"].options)
         self._pool = CachePool(plan, self.new_cache)
@@ -206,6 +208,7 @@ class Model:
         self._pool.close()
         self._parts.clear()
         self._makers.clear()
+        self._grammars = None
         for model in self.companions.values():
             model.close()
 
@@ -220,16 +223,21 @@ class Model:
     def new_cache(self, batch: int = 1, max_len: int | None = None, padding: Sequence[int] | None = None) -> Cache:
         """An empty cache of the planned kind for `batch` rows of up to `max_len` tokens (default: the planned context).
 
-        `padding` is each row's number of pad tokens on the left. Raises `CacheError` (CA-ARGS) for impossible sizes, and
-        `GenerateError` (GN-MODEL) for an encoder.
+        `padding` is each row's number of pad tokens on the left. Raises `CacheError` (CA-ARGS) for impossible sizes,
+        `ResourceLimitError` (RL-MEM) where more than planned does not fit into memory, and `GenerateError` (GN-MODEL) for an
+        encoder.
         """
         import torch
+
+        from modelrig.generation.caches import require_room
 
         self._require_open()
         self.plan.require_generation()
         capacity, limit = self.plan.context if max_len is None else max_len, self.plan.facts.position_limit
         if limit is not None and isinstance(capacity, int) and capacity > limit:
             raise CacheError("CA-ARGS", f"{capacity}, but the model has positions for {limit}", locus="max_len")
+        if all(type(size) is int for size in (batch, capacity)):
+            require_room(self.plan, batch, capacity)
         choice = self.plan.choices["caches"]
         with torch.inference_mode(False):  # buffers made inside an inference block could not be used outside
             return self._parts["caches"].create(
@@ -241,6 +249,31 @@ class Model:
                 padding=padding,
                 options=choice.options,
             )
+
+    def save_cache(self, cache: Cache, path: str | os.PathLike[str]) -> Path:
+        """Write what `cache` holds to a file, from which another process can go on: the whole file or nothing.
+
+        Raises `CacheError` (CA-FILE) if it cannot be written.
+        """
+        from modelrig.generation.cache_files import save_cache
+
+        self._require_open()
+        return save_cache(self.plan, cache, path)
+
+    def load_cache(self, path: str | os.PathLike[str], max_len: int | None = None) -> Cache:
+        """A cache with what `save_cache`, or a session, wrote to a file, and room for `max_len` tokens (default: the planned
+        context).
+
+        Raises:
+            CacheError: CA-FILE for a file that is damaged, or belongs to another checkpoint, kind of cache or dtype; CA-FULL if it
+                holds more than `max_len` tokens.
+            ResourceLimitError: RL-MEM.
+        """
+        from modelrig.generation.cache_files import load_cache
+
+        self._require_open()
+        self.plan.require_generation()
+        return load_cache(self.plan, path, lambda batch: self.new_cache(batch, max_len))
 
     def __call__(
         self, input_ids: Any, cache: Cache | None = None, attention_mask: Any = None, token_type_ids: Any = None
@@ -275,7 +308,7 @@ class Model:
             raise GenerateError("GN-INPUT", "only the first call on a cache can be padded", locus="attention_mask")
         if cache.batch != rows:
             raise CacheError("CA-ARGS", f"the cache has {cache.batch} rows, the input {rows}", locus="batch")
-        if batch.padding is not None:
+        if batch.padding is not None and any(batch.padding):
             cache.reset(batch.padding)
         logits = self.step(batch.ids, begin(cache, count))
         cache.commit(count)
@@ -340,16 +373,25 @@ class Model:
         """`generate`, piece by piece: text as soon as it is certain. For several prompts `piece.row` says whose it is."""
         return iter(self.start(prompt, messages=messages, cache=cache, **options))
 
-    def session(self, max_len: int | None = None) -> Session:
-        """A conversation that keeps its cache across turns."""
+    def session(self, max_len: int | None = None, *, path: str | os.PathLike[str] | None = None) -> Session:
+        """A conversation that keeps its cache across turns; with `path` one that goes on from a file of `session.save`.
+
+        Raises `CacheError` and `ResourceLimitError` as `load_cache` and `new_cache` do.
+        """
+        from modelrig.generation.cache_files import load_session, save_cache
         from modelrig.generation.session import Session
 
-        return Session(
-            self.new_cache(1, max_len),
+        cache = self.new_cache(1, max_len)
+        session = Session(
+            cache,
             lambda *turn: self._caller().read_turn(*turn),
             lambda *turn: self._caller().start_turn(*turn),
             self.plan.generation,
+            lambda *held: save_cache(self.plan, *held),
         )
+        if path is not None:
+            load_session(self.plan, path, session)
+        return session
 
     def chat_prompt(self, messages: Sequence[Message]) -> str:
         """The conversation as the model's chat template writes it, with the answer's beginning."""
@@ -366,6 +408,7 @@ class Model:
     def _caller(self) -> Caller:
         from modelrig.generation.calls import Caller
         from modelrig.generation.feeding import Engine
+        from modelrig.generation.grammars import Grammars
 
         step = self.step
         engine = Engine(
@@ -379,7 +422,9 @@ class Model:
             eos_ids=tuple(self.tokenizer.eos_ids if self.tokenizer is not None else self.plan.eos_ids),
             other_form=self._other_form,
         )
-        return Caller(self.plan, engine, self._pool, self._maker_of, self.companions)
+        if self._grammars is None:
+            self._grammars = Grammars(self.plan.request, self.tokenizer, self.plan.facts.vocab_size, self._other_form)
+        return Caller(self.plan, engine, self._pool, self._maker_of, self.companions, self._grammars.compile)
 
     def _maker_of(self, choice: Choice) -> DecoderMaker:
         """The implementation of the decoder that was chosen, or of that for calls with a temperature."""

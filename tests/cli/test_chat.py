@@ -17,9 +17,11 @@ from typing import Any
 import pytest
 
 import modelrig
+from automata import constraint, plugin
 from checkpoints import write_llama
 from modelrig.cli import main
 from modelrig.generation.session import Session
+from modelrig.registry import temporary
 
 FLAGS = ("--max-new-tokens", "8")
 
@@ -55,6 +57,13 @@ def answers(model: modelrig.Model, *messages: str, system: str | None = None) ->
 
 
 # ------------------------------------------------------------------------------------------------ over a pipe
+
+
+def test_every_answer_keeps_to_a_constraint(tiny: modelrig.Model, chat: Any) -> None:
+    word = tiny.tokenizer.encode("word", add_special_tokens=False)
+    with temporary(plugin(constraint()), "acme"):
+        code, out, _ = chat("one\ntwo\n", "--constraint", f"ids={[[token] for token in word]}")
+    assert (0, "word\nword\n") == (code, out)
 
 
 def test_each_line_is_answered_in_one_conversation(tiny: modelrig.Model, chat: Any) -> None:

@@ -9,7 +9,7 @@ import pytest
 from distributions import cache_plugin, run_python, write_distribution
 from modelrig.cli import main
 from modelrig.cli.output import print_table, printable
-from modelrig.components import KINDS
+from modelrig.components import PLANNED
 
 KEYS = ["id", "plugin", "distribution", "version", "api", "state", "reason", "provides", "seconds"]
 
@@ -46,7 +46,7 @@ def test_the_json_has_every_plugin_in_the_promised_shape(modelrig):
 
 def test_the_table_has_a_line_for_each_plugin_and_says_why(modelrig):
     lines = modelrig("plugins").stdout.splitlines()
-    assert len(KINDS) + 3 == len(lines)
+    assert len(PLANNED) + 3 == len(lines)
     (acme,) = [line for line in lines if line.startswith("acme")]
     assert acme.endswith("it needs surely-not-installed>=2 (not installed); run: pip install 'surely-not-installed>=2'")
 

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ import attrs
 import pytest
 
 import modelrig
+from automata import constraint, plugin
 from distributions import run_python
 from modelrig.cli import main
 from modelrig.cli.run import command
 from modelrig.generation.options import GenerateOptions
+from modelrig.registry import temporary
 
 TEXT = "def add(a, b):"
 
@@ -149,8 +152,16 @@ FLAGS: dict[str, tuple[list[str], Any]] = {
     "seed": (["0"], 0),
     "ignore_eos": ([], True),
     "num_return_sequences": (["2"], 2),
+    "constraint": (["ids=[[70, 71], [80]]", "name=chains"], {"ids": "[[70, 71], [80]]", "name": "chains"}),
     "pad_to_multiple_of": (["16"], 16),
 }
+
+
+@pytest.fixture(autouse=True)
+def chains() -> Iterator[None]:
+    """Something that serves constraints in the language `ids`."""
+    with temporary(plugin(constraint()), "acme"):
+        yield
 
 
 @pytest.fixture
@@ -179,6 +190,37 @@ def test_a_flag_reaches_generate_as_its_value(asked: list[dict[str, Any]], capsy
     given = [part for value in values for part in (flag, value)] if values else [flag]
     assert 0 == run(capsys, "tiny", "x", "--json", *given)[0]
     assert [{name: expected}] == asked
+
+
+def test_a_constraint_is_read_from_a_file_too(
+    asked: list[dict[str, Any]], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "grammar.json").write_text("[[70], [71]]", encoding="utf-8")
+    assert 0 == run(capsys, "tiny", "x", "--json", "--constraint", "ids=@grammar.json")[0]
+    assert [{"constraint": {"ids": "[[70], [71]]"}}] == asked
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["regex"], "'regex' is not LANGUAGE=TEXT"),
+        (["=a"], "'=a' is not LANGUAGE=TEXT"),
+        (["regex=a", "regex=b"], "'regex=b' is not LANGUAGE=TEXT, once a language"),
+        (["regex=a", "lark=b"], "accepted is a language with its text"),
+        (["name=chains"], "accepted is a language with its text"),
+        (["ids=@nowhere.json"], "the file 'nowhere.json' cannot be read: No such file or directory"),
+        (["ids=@."], "the file '.' cannot be read: Is a directory"),
+        (["nothing=x"], "nothing that is installed serves constraints in the language 'nothing'"),
+        (["ids=[]", "name=nobody"], "no component of kind constraints is called 'nobody'"),
+    ],
+)
+def test_a_wrong_constraint_is_a_usage_error_before_weights_are_read(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, flags: list[str], says: str
+) -> None:
+    monkeypatch.setattr(modelrig.Plan, "load", None)
+    code, out, err = run(capsys, "tiny", "x", *(part for flag in flags for part in ("--constraint", flag)))
+    assert (2, "") == (code, out)
+    assert says in err and "Traceback" not in err
 
 
 def test_several_seeds_stay_several(asked: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,7 +18,7 @@ from modelrig.registry import current
 WINDOW = 5
 WIDE = AttentionSpec(num_heads=6, num_key_value_heads=3, head_dim=4, value_dim=7, scale=1.0)
 LAYERS = (WIDE, evolve(WIDE, num_key_value_heads=2, head_dim=10, value_dim=10, window=WINDOW))
-CACHES = ["dynamic", "static", "sliding", "quantized"]
+CACHES = ["dynamic", "static", "sliding", "quantized", "offloaded"]
 
 
 def make(name: str, batch: int = 3, capacity: int = 40, padding: list[int] | None = None, dtype: Any = torch.float32) -> Any:

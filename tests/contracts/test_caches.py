@@ -19,7 +19,7 @@ LAYERS = (
     AttentionSpec(num_heads=6, num_key_value_heads=2, head_dim=10, value_dim=10, scale=1.0),
     AttentionSpec(num_heads=6, num_key_value_heads=3, head_dim=4, value_dim=7, scale=1.0),
 )
-CACHES = ["dynamic", "static", "sliding", "quantized"]
+CACHES = ["dynamic", "static", "sliding", "quantized", "offloaded"]
 LOSSY = {"quantized"}  # with tests of its own for what it shows of old tokens
 
 

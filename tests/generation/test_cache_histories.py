@@ -28,6 +28,7 @@ CACHES: dict[str, Any] = {
     "dynamic": "dynamic",
     "static": "static",
     "sliding": {"name": "sliding", "headroom": 3},
+    "offloaded": "offloaded",
     "quantized": {"name": "quantized", "headroom": 3, **FORM._asdict()},
 }
 
@@ -124,3 +125,49 @@ def test_logits_are_those_without_a_cache_whatever_the_history(model: Any, data:
             case "move":
                 history.cache = model.new_cache(cache.batch, CAPACITY)
                 history.cache.adopt(cache.export())
+
+
+@pytest.mark.parametrize("kind", ["full", "hybrid"])
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_numbers_that_are_not_finite_are_gone_after_a_reset(
+    folders: dict[str, Path], kind: str, cache: str, attention: str
+) -> None:
+    """A compiled step attends to the whole buffer, and a mask turns NaN into NaN times zero."""
+    with modelrig.load(folders[kind], cache=CACHES[cache], attention=attention, dtype="float64", context=CAPACITY) as model:
+        offers = model.plan.choices["caches"].registered.descriptor.offers
+        torch.compiler.reset()  # it counts what other tests compiled
+        compiled = torch.compile(model.module.step, backend="eager", fullgraph=True) if "fullgraph" in offers else None
+        for step in filter(None, (model.module.step, compiled)):
+            held, fresh = model.new_cache(), model.new_cache()
+            for count in (9, 9, 1, 1):
+                slots = held.begin(count)
+                for layer, spec in zip(held.layers, model.plan.facts.cached_layers, strict=True):
+                    shape = (1, spec.num_key_value_heads, count)
+                    bad = torch.full((*shape, spec.head_dim), float("nan"), dtype=torch.float64)
+                    layer.update(bad, bad[..., : spec.value_dim], slots)
+                held.commit(count)
+            held.reset()
+            with torch.no_grad():
+                for ids in ([[1, 2, 3]], [[4]], [[5]], [[6]]):
+                    logits = [step(torch.tensor(ids), one.begin(len(ids[0]))) for one in (held, fresh)]
+                    assert logits[1].isfinite().all() and torch.equal(*logits)
+                    held.commit(len(ids[0]))
+                    fresh.commit(len(ids[0]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("cache", CACHES)
+def test_a_second_turn_over_an_edited_history_is_that_of_a_new_session(folders: dict[str, Path], kind: str, cache: str) -> None:
+    """The common beginning is kept where the cache can rewind to it, and prefilled again where it cannot."""
+    with modelrig.load(folders[kind], cache=CACHES[cache], dtype="float64", context=CAPACITY) as model:
+        asked = list(range(3, 25))
+        for same in (21, 12, 1, 0):
+            session, other = model.session(), model.session()
+            first = session.generate([asked], max_new_tokens=5).tokens
+            edited = [*asked[:same], *range(40, 46)]
+            session._encode = lambda *_, ids=edited: list(ids)  # as a template would render an edited conversation
+            answer = session.generate(messages=[{"role": "user", "content": "edited"}], max_new_tokens=5)
+            assert other.generate([edited], max_new_tokens=5).tokens == answer.tokens
+            assert [*edited, *answer.tokens] == session.tokens and 5 == len(first)
+            assert answer.stats.prompt_tokens in (len(edited) - same, len(edited))

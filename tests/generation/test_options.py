@@ -30,7 +30,7 @@ REFUSED = {
     "ignore_eos": [1, None, "yes"],
     "num_return_sequences": [0, -1, True, 1.0, 10**6],
     "pad_to_multiple_of": [0, -8, True, 1.5, "8", 1 << 30],
-    "constraint": ["a+", 7, {"regex": "a"}],
+    "constraint": ["a+", 7, {}, {"regex": 7}, {"regex": "a", "lark": "b"}],
 }
 
 ACCEPTED = [

@@ -19,7 +19,7 @@ from tokenizer_folders import byte_level, write
 FIRST, SECOND, THIRD = [5, 17, 3, 60], [9, 9, 31], [44]
 
 
-@pytest.fixture(scope="module", params=["dynamic", "static", "sliding"])
+@pytest.fixture(scope="module", params=["dynamic", "static", "sliding", "quantized", "offloaded"])
 def model(request: pytest.FixtureRequest, llama_folder: Path) -> Iterator[modelrig.Model]:
     """Random float32 weights, no tokenizer."""
     with modelrig.load(llama_folder, cache=request.param) as loaded:

@@ -57,7 +57,7 @@ FLAGS = {
     "attention": [
         *bad("no_such", says="[RQ-NAME] attention: no component of kind attention is called 'no_such'"),
         Bad("no_such,neither", "'neither'", INFEASIBLE),
-        Bad("!sdpa,!eager", "excluded by argument", INFEASIBLE),
+        Bad("!sdpa,!eager,!flex", "excluded by argument", INFEASIBLE),
     ],
     "set": [
         *bad("x", "=", "quantizer.kernel", says="is not written as SLOT.OPTION=VALUE"),

@@ -86,3 +86,22 @@ def test_the_step_with_its_last_position_only_gives_the_last_logits(llama_folder
         whole = model.step(ids, model.new_cache(batch=2, max_len=9).begin(9))
         last = model.step(ids, model.new_cache(batch=2, max_len=9).begin(9), True)
     torch.testing.assert_close(whole[:, -1:], last)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("cache", ["dynamic", "static", "sliding"])
+def test_a_step_never_waits_for_the_device(llama_folder: Path, cache: str) -> None:
+    model = modelrig.load(llama_folder, cache=cache, device_map="cuda:0")
+    held = model.new_cache(max_len=40)
+    token = torch.tensor([[5]], device="cuda:0")
+    with torch.no_grad():
+        model.step(token, held.begin(1))
+        held.commit(1)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(3):
+                model.step(token, held.begin(1))
+                held.commit(1)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

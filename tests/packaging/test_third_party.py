@@ -3,88 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import site
-import subprocess
-import sys
-import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from environments import ROOT, CleanEnvironment, build_wheel
+
 THIRD_PARTY = ROOT / "examples/plugins/modelrig-tiled-attention"
 PLUGIN = "modelrig_tiled_attention"
 
 pytestmark = pytest.mark.packaging
-
-
-def build_wheel(project: Path, out: Path) -> Path:
-    """Build `project` with this environment's hatchling: no network, no isolation."""
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(project)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert 0 == done.returncode, done.stdout + done.stderr
-    return max(out.glob("*.whl"), key=lambda wheel: wheel.stat().st_mtime_ns)
-
-
-class CleanEnvironment:
-    """A virtual environment with our dependencies but without this checkout, and wheels installed into it."""
-
-    def __init__(self, folder: Path, wheels: list[Path]) -> None:
-        self.folder = folder
-        subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
-        self.python = folder / "bin/python"
-        self.packages = Path(
-            subprocess.run(
-                [self.python, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])"],
-                capture_output=True,
-                text=True,
-                check=True,
-            ).stdout.strip()
-        )
-        self._link_dependencies()
-        for wheel in wheels:
-            self.install(wheel)
-
-    def _link_dependencies(self) -> None:
-        """Every installed package but ours, by link: the tests have no network to install them from."""
-        for source in {sysconfig.get_paths()["purelib"], sysconfig.get_paths()["platlib"], *site.getsitepackages()}:
-            for entry in Path(source).iterdir():
-                ours = "modelrig" in entry.name
-                startup = entry.suffix == ".pth" or entry.name in ("_virtualenv.py", "__pycache__")
-                target = self.packages / entry.name
-                if not ours and not startup and not target.exists():
-                    target.symlink_to(entry)
-
-    def install(self, wheel: Path) -> None:
-        command = [sys.executable, "-m", "pip", "--python", str(self.python), "install", "--quiet", "--no-deps", "--no-index"]
-        done = subprocess.run([*command, "--force-reinstall", str(wheel)], capture_output=True, text=True, check=False)
-        assert 0 == done.returncode, done.stdout + done.stderr
-
-    def run(self, *arguments: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
-        clean = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "MODELRIG_"))}
-        return subprocess.run(
-            [str(self.python), "-W", "error", "-m", "modelrig.cli", *arguments],
-            capture_output=True,
-            text=True,
-            check=False,
-            cwd=cwd or self.folder,
-            env={**clean, "OMP_NUM_THREADS": "1", **environment},
-        )
-
-    def json(self, *arguments: str, **environment: str) -> Any:
-        done = self.run(*arguments, "--json", **environment)
-        assert done.stdout, done.stderr
-        return json.loads(done.stdout)
-
-    def row(self, **environment: str) -> dict[str, Any]:
-        """The third-party plugin's row in the ledger."""
-        rows = [row for row in self.json("plugins", **environment) if row["distribution"] == "modelrig-tiled-attention"]
-        assert 1 == len(rows)
-        return rows[0]
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +49,10 @@ def restored(environment: CleanEnvironment, tmp_path_factory: pytest.TempPathFac
         environment.install(build_wheel(THIRD_PARTY, tmp_path_factory.mktemp("again")))
 
 
+def row_of(environment: CleanEnvironment, **variables: str) -> dict[str, Any]:
+    return environment.row("modelrig-tiled-attention", **variables)
+
+
 def generates(environment: CleanEnvironment, *arguments: str) -> dict[str, Any]:
     """What `modelrig run` prints; in float32, where another kernel gives the same tokens."""
     done = environment.run("run", "tiny", "def add(a, b):", "--max-new-tokens", "12", "--dtype", "float32", "--json", *arguments)
@@ -127,12 +62,13 @@ def generates(environment: CleanEnvironment, *arguments: str) -> dict[str, Any]:
 
 def test_the_environment_is_clean(environment: CleanEnvironment) -> None:
     code = "import modelrig, modelrig_plugins; print(modelrig.__file__, modelrig_plugins.__file__)"
-    done = subprocess.run([environment.python, "-c", code], capture_output=True, text=True, check=True, cwd=environment.folder)
+    done = environment.start("-c", code)
+    assert 0 == done.returncode, done.stderr
     assert str(ROOT) not in done.stdout
 
 
 def test_it_is_listed(environment: CleanEnvironment) -> None:
-    row = environment.row()
+    row = row_of(environment)
     assert ("active", None) == (row["state"], row["reason"] or None)
     assert [("attention", "tiled", "active")] == [(part["kind"], part["name"], part["state"]) for part in row["provides"]]
     assert "tiled" in environment.run("plugins").stdout
@@ -163,8 +99,8 @@ def test_auto_does_not_change_when_it_is_installed(environment: CleanEnvironment
 
 
 def test_the_allow_list_and_disabling_keep_it_out(environment: CleanEnvironment) -> None:
-    assert "disabled" == environment.row(MODELRIG_PLUGINS="")["state"]
-    assert "disabled" == environment.row(MODELRIG_DISABLE="tiled-attention")["state"]
+    assert "disabled" == row_of(environment, MODELRIG_PLUGINS="")["state"]
+    assert "disabled" == row_of(environment, MODELRIG_DISABLE="tiled-attention")["state"]
     done = environment.run("plan", "tiny", "--attention", "tiled", MODELRIG_DISABLE="tiled-attention")
     assert done.returncode in (2, 4)
     assert "disabled" in done.stderr
@@ -186,7 +122,7 @@ def test_a_broken_plugin_is_a_row_and_everything_else_runs(
     reworked: Callable[..., CleanEnvironment], before: str, after: str, state: str, reason: str
 ) -> None:
     environment = reworked("__init__.py", before, after)
-    row = environment.row()
+    row = row_of(environment)
     assert state == row["state"]
     assert reason in row["reason"]
     assert 12 == len(generates(environment)["tokens"])
@@ -201,7 +137,7 @@ def test_a_broken_plugin_is_a_row_and_everything_else_runs(
 
 def test_a_duplicate_name_makes_only_the_short_name_an_error(reworked: Callable[..., CleanEnvironment]) -> None:
     environment = reworked("__init__.py", 'name="tiled"', 'name="sdpa"')
-    assert "active" == environment.row()["state"]
+    assert "active" == row_of(environment)["state"]
     expected = generates(environment)["tokens"]  # auto is not disturbed
     short = environment.run("plan", "tiny", "--attention", "sdpa")
     assert 2 == short.returncode

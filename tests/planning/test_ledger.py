@@ -11,6 +11,7 @@ from modelrig.planning import ledger as ledger_module
 from modelrig.planning.ledger import (
     ACTIVATIONS,
     CACHE,
+    CACHE_ON_DISK,
     GPU_CONTEXT,
     MAPPED,
     MOMENTS,
@@ -149,7 +150,10 @@ def test_pages_that_copies_replace_are_needed_where_no_copies_are_made() -> None
 
 def test_what_a_device_needs_beside_weights_is_kept_for_it() -> None:
     one = account(device="cuda:0")
-    cache, activations = one.cache_bytes(16, 1), activation_bytes(facts(), 1, 16, "float32")
+    (cache,), activations = (
+        one.cache_places("cuda:0", 16, 1, facts().cached_layers).values(),
+        activation_bytes(facts(), 1, 16, "float32"),
+    )
     context = ledger_module.GPU_CONTEXT_BYTES
     assert [context + cache + activations, context + activations, 300, 0] == [
         one.reserve("cuda:0", 16, 1),
@@ -197,18 +201,37 @@ def test_on_a_gpu_conversion_happens_in_main_memory_and_cuda_takes_its_share() -
 
 
 def test_a_model_without_layers_that_keep_anything_needs_no_cache() -> None:
-    assert 2 * 4 * 16 * 10 * 4 == account(facts=facts(spec())).cache_bytes(context=10, batch=1)
-    assert 0 == account(facts=facts(layers=())).cache_bytes(context=10, batch=1)
+    assert 2 * 4 * 16 * 10 * 4 == account(facts=facts(spec())).cache_places("cpu", 10, 1, (spec(),))["cpu"]
+    assert {} == account(facts=facts(layers=())).cache_places("cpu", 10, 1, ())
+
+
+class Elsewhere(rigs.Plain):
+    @staticmethod
+    def places(layers: object, batch: int, context: int, dtype: str, options: object, device: str) -> dict[str, int]:
+        return {"disk": 700} if device == "cpu" else {"cpu": 700, device: 30}
+
+
+def test_a_cache_counts_where_its_planner_says_that_it_lies() -> None:
+    on_cpu = account(cache=Elsewhere).draw(16, 1)
+    assert ("cpu", "disk") == on_cpu.devices
+    assert (700, 0) == (on_cpu.bytes_of(CACHE_ON_DISK, "disk", "run"), on_cpu.bytes_of(CACHE, "cpu", "run"))
+    usual = account().draw(16, 1)
+    assert usual.total("run", "cpu") - usual.bytes_of(CACHE, "cpu", "run") == on_cpu.total("run", "cpu")
+    on_gpu = account(cache=Elsewhere, device="cuda:0", weights=Weights(mapped=0, allocated=500, staging=300))
+    ledger = on_gpu.draw(16, 1)
+    assert (700, 30) == (ledger.bytes_of(CACHE, "cpu", "run"), ledger.bytes_of(CACHE, "cuda:0", "run"))
+    assert 700 == on_gpu.reserve("cpu", 16, 1)
+    assert 700 == account(cache=Elsewhere).reserve("disk", 16, 1)
 
 
 def test_prompts_run_in_the_parts_that_the_estimate_assumes() -> None:
-    from modelrig.generation.loop import PREFILL_CHUNK
+    from modelrig.generation.feeding import PREFILL_CHUNK
 
     assert PREFILL_CHUNK == PREFILL_TOKENS
 
 
 @pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16"])
-@pytest.mark.parametrize("cache", ["dynamic", "static", "sliding"])
+@pytest.mark.parametrize("cache", ["dynamic", "static", "sliding", "quantized", "offloaded"])
 def test_the_predicted_bytes_are_those_the_loaded_model_measures(llama_folder: Path, dtype: str, cache: str) -> None:
     import torch
 
@@ -223,4 +246,4 @@ def test_the_predicted_bytes_are_those_the_loaded_model_measures(llama_folder: P
         assert predicted.get(MAPPED, 0) == model.load_report.mapped_bytes
         held = model.new_cache(batch=2)
         model(torch.zeros(2, plan.context, dtype=torch.int64), cache=held)
-        assert predicted[CACHE] == held.nbytes
+        assert predicted[CACHE_ON_DISK if cache == "offloaded" else CACHE] == held.nbytes

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from distributions import cache_plugin, run_python, write_distribution
-from modelrig.components import KINDS
+from modelrig.components import KINDS, PLANNED
 from modelrig.errors import PluginError, RequestError
 from modelrig.registry import Registry
 from modelrig.registry.discovery import candidates, discover, distributions
@@ -91,7 +91,7 @@ def test_each_bad_package_is_told_apart_and_leaves_the_good_ones_alone(tmp_path)
     assert ("", 0) == (done.stderr, done.returncode)
     assert "active" == rows["acme"]["state"]
     ours = [entry for entry in rows.values() if entry["distribution"] == "modelrig"]
-    assert {"active"} == {entry["state"] for entry in ours} and len(KINDS) == len(ours)
+    assert {"active"} == {entry["state"] for entry in ours} and len(PLANNED) == len(ours)
 
 
 def test_what_a_plugin_raised_is_kept_with_its_traceback(install, discovered):
@@ -286,7 +286,7 @@ def test_the_order_of_the_folder_listing_changes_nothing(install, monkeypatch):
 def test_our_own_distribution_comes_first(install):
     install("aaa", GOOD)
     owners = [candidate.row.distribution for candidate in candidates()]
-    assert ["modelrig"] * len(KINDS) + ["aaa"] == owners
+    assert ["modelrig"] * len(PLANNED) + ["aaa"] == owners
 
 
 def test_an_entry_of_the_path_that_is_no_folder_is_passed_over(monkeypatch, tmp_path: Path):

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from distributions import run_python
-from modelrig.components import KINDS, NOTHING_TO_PLAN
+from modelrig.components import KINDS, NOTHING_TO_PLAN, PLANNED
 from modelrig.registry import Registered, Registry
 from modelrig.registry.discovery import discover
 
@@ -31,8 +31,8 @@ print(json.dumps(outcome))
 """
 
 
-def test_every_kind_has_a_component_of_ours_and_every_plugin_of_ours_is_a_kind():
-    assert list(KINDS) == list(dict.fromkeys(component.kind for component in OURS))
+def test_every_kind_of_a_plan_has_a_component_of_ours_and_every_plugin_of_ours_is_a_kind():
+    assert list(PLANNED) == list(dict.fromkeys(component.kind for component in OURS))
     assert {component.kind for component in OURS} == {component.plugin for component in OURS}
 
 

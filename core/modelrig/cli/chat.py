@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from modelrig.cli.generation import figures, generation_options, print_pieces, read_input
+from modelrig.cli.generation import figures, generation_options, print_pieces, read_input, require_served
 from modelrig.cli.options import request_options
 from modelrig.cli.output import printable
 from modelrig.errors import GenerateError
@@ -32,6 +32,7 @@ def command(model: str, request: dict[str, Any], generation: dict[str, Any], sys
     plan = modelrig.plan(model, **request)
     plan.require_generation()  # before its weights are read
     require_text(plan.snapshot)
+    require_served(plan, generation)
     with plan.load(progress=not quiet) as loaded:
         session = loaded.session()
         start = [{"role": "system", "content": system}] if system else []

@@ -9,7 +9,7 @@ from typing import Any
 import attrs
 import click
 
-from modelrig.cli.generation import figures, generation_options, print_pieces, read_input
+from modelrig.cli.generation import figures, generation_options, print_pieces, read_input, require_served
 from modelrig.cli.options import request_options
 from modelrig.cli.output import for_stdout, printable
 
@@ -34,6 +34,7 @@ def command(model: str, prompt: str, request: dict[str, Any], generation: dict[s
     plan = modelrig.plan(model, **request)
     plan.require_generation()  # before its weights are read
     require_text(plan.snapshot)
+    require_served(plan, generation)
     with plan.load(progress=not quiet) as loaded:
         if as_json:
             click.echo(json.dumps({**_document(loaded.generate(prompt, **generation)), "plan": plan.to_json()}))

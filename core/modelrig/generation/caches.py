@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from modelrig.errors import ResourceLimitError
+from modelrig.planning.environment import read_environment
+from modelrig.planning.ledger import cache_places
 
 if TYPE_CHECKING:
     from modelrig.components import Cache
@@ -24,6 +26,32 @@ def begin(cache: Cache, count: int) -> Slots:
         return cache.begin(count)
 
 
+def require_room(plan: RigPlan, batch: int, capacity: int) -> None:
+    """Whether there is memory for a cache beyond what was planned: more rows than the batch, or more tokens than the context.
+
+    Raises:
+        ResourceLimitError: RL-MEM, with the bytes needed and available.
+    """
+    if batch <= plan.batch and capacity <= plan.context:
+        return
+    choice, now = plan.choices["caches"], read_environment()
+    planner, layers = choice.registered.planner(), plan.facts.cached_layers
+    places = cache_places(planner, choice.options, plan.dtype, plan.device, capacity, batch, layers)
+    for place, needed in places.items():
+        known = (free for free in (plan.environment.available_bytes(place), now.available_bytes(place)) if free is not None)
+        available = min(known, default=needed)
+        if needed > available:
+            raise ResourceLimitError(
+                "RL-MEM",
+                f"{batch} rows of {capacity} tokens need a cache of {needed:,} bytes on {place}; {available:,} are available",
+                hint=f"the plan was made for a batch of {plan.batch} and a context of {plan.context}: ask for less at a time",
+            )
+    logger.info(
+        "a cache of %d rows of %d tokens is more than the planned %d rows of %d: up to %s bytes",
+        *(batch, capacity, plan.batch, plan.context, f"{sum(places.values()):,}"),
+    )
+
+
 class CachePool:
     """Lends caches to calls. Threads may share it: a cache is lent to one call at a time.
 
@@ -31,7 +59,7 @@ class CachePool:
         create: `create(batch, capacity, padding)`.
     """
 
-    def __init__(self, plan: RigPlan, create: Callable[[int, int, Sequence[int]], Cache]) -> None:
+    def __init__(self, plan: RigPlan, create: Callable[[int, int, Sequence[int] | None], Cache]) -> None:
         self._plan, self._create = plan, create
         self._idle: list[Cache] = []  # at most one
         self._is_open = True
@@ -41,23 +69,19 @@ class CachePool:
         """Bytes of the cache that waits for the next call."""
         return sum(cache.nbytes for cache in self._idle)
 
-    def borrow(self, needed: int, padding: Sequence[int]) -> Cache:
-        """An empty cache with a row for each of `padding` and room for `needed` tokens: the idle one if it serves, else a new
-        one, as long as planned, or for more rows than planned just long enough.
+    def borrow(self, batch: int, needed: int, padding: Sequence[int] | None) -> Cache:
+        """An empty cache of `batch` rows and room for `needed` tokens: the idle one if it serves, else a new one, as long as
+        planned, or for more rows than planned just long enough.
 
         Raises:
             ResourceLimitError: RL-MEM when a batch larger than the planned one does not fit into memory.
         """
-        batch = len(padding)
         if (idle := self._take()) is not None:
             if idle.batch == batch and idle.capacity >= needed:
                 idle.reset(padding)
                 return idle
             del idle  # its memory goes before the new one's comes
-        if batch <= self._plan.batch:
-            return self._create(batch, self._plan.context, padding)
-        self._require_room(batch, needed)
-        return self._create(batch, needed, padding)
+        return self._create(batch, self._plan.context if batch <= self._plan.batch else needed, padding)
 
     def give_back(self, cache: Cache) -> None:
         if self._is_open:
@@ -78,16 +102,4 @@ class CachePool:
         planned = self._plan.choices["decoders"].registered.planner()
         copies = getattr(planned, "copies", None)
         if copies is None or rows > self._plan.batch * copies(self._plan.choices["decoders"].options):
-            self._require_room(rows, cache.capacity)
-
-    def _require_room(self, batch: int, needed: int) -> None:
-        plan, choice = self._plan, self._plan.choices["caches"]
-        planned = choice.registered.planner().nbytes(plan.facts.cached_layers, batch, needed, plan.dtype, choice.options)
-        available = plan.environment.available_bytes(plan.device)
-        if available is not None and planned > available:
-            raise ResourceLimitError(
-                "RL-MEM",
-                f"{batch} rows of {needed} tokens need a cache of {planned:,} bytes; {available:,} are available",
-                hint=f"the plan was made for a batch of {plan.batch}: give fewer prompts at a time",
-            )
-        logger.info("a batch of %d is more than the planned %d: allocating a cache of %s bytes", batch, plan.batch, f"{planned:,}")
+            require_room(self._plan, rows, cache.capacity)

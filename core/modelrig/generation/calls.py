@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import attrs
 from attrs import frozen
 
 from modelrig.components import Decoder
@@ -13,11 +14,12 @@ from modelrig.generation.defaults import Call
 from modelrig.generation.feeding import Engine
 from modelrig.generation.inputs import as_prompts
 from modelrig.generation.loop import Run
+from modelrig.generation.options import Grammar
 from modelrig.planning.negotiation import Choice
 from modelrig.planning.tokenizer_files import no_text
 
 if TYPE_CHECKING:
-    from modelrig.components import Cache, DecoderMaker
+    from modelrig.components import Cache, DecoderMaker, TokenMask
     from modelrig.generation.caches import CachePool
     from modelrig.planning.plan import RigPlan
 
@@ -34,6 +36,7 @@ class Caller:
         pool: caches for calls that bring none of their own.
         maker_of: the implementation of a decoder that was chosen.
         companions: role → further model.
+        compile: what makes the masks of a grammar, in a call that these ids end.
     """
 
     plan: RigPlan
@@ -41,6 +44,7 @@ class Caller:
     pool: CachePool
     maker_of: Callable[[Choice], DecoderMaker]
     companions: Mapping[str, Any]
+    compile: Callable[[Grammar, Sequence[int]], Callable[[], TokenMask]]
 
     def start(self, prompt: Any, messages: Sequence[Message] | None, cache: Cache | None, given: dict[str, Any]) -> Run:
         """See `modelrig.model.Model.start`."""
@@ -83,8 +87,8 @@ class Caller:
         limit = call.limit(longest, 0, self.plan.context, self.plan.facts.context_length, unfed=1)
         room = self.plan.context - (longest + limit - 1)
         extra = min(-longest % multiple, room)
-        padding = [longest + extra - len(row) for row in prompts]
-        cache = self.pool.borrow(longest + extra + limit - 1, padding)
+        padding = _padding(prompts, longest + extra, call)
+        cache = self.pool.borrow(len(prompts), longest + extra + limit - 1, padding)
         try:
             run = self._run(cache, prompts, prompts, call, limit, extra=extra, returns=call.options.num_return_sequences)
             if run.num_forked:
@@ -110,7 +114,7 @@ class Caller:
         extra = min(-longest % multiple, cache.capacity - (cache.length + longest + limit))
         run = self._run(cache, rows, rows, call, limit, extra=extra, ranks=[copy for _ in prompts for copy in range(copies)])
         run.keeps_answer = True
-        if any(padding := [longest + extra - len(row) for row in rows]):
+        if not follows and (padding := _padding(rows, longest + extra, call)) is not None:
             cache.reset(padding)
         return run
 
@@ -124,13 +128,16 @@ class Caller:
         **more: Any,
     ) -> Run:
         choice = self._decoder(call)
+        options = call.options
+        if isinstance(options.constraint, Grammar):
+            options = attrs.evolve(options, constraint=self.compile(options.constraint, self.engine.end_ids(options)))
         return Run(
             self.engine,
             self.maker_of(choice),
             cache,
             prompts,
             histories,
-            call.options,
+            options,
             limit,
             choice.options,
             companions=self.companions,
@@ -148,3 +155,10 @@ class Caller:
                 "GN-ARGS", f"the decoder {choice.name} does not sample", locus="temperature", hint="plan with decoder='auto'"
             )
         return self.plan.decoder_when_sampling
+
+
+def _padding(rows: Sequence[Sequence[int]], length: int, call: Call) -> list[int] | None:
+    """Pad tokens on the left of each row; None if there are none. Where lengths are rounded up there may be none by chance: what is
+    compiled for padded rows then serves too."""
+    padding = [length - len(row) for row in rows]
+    return padding if any(padding) or call.options.pad_to_multiple_of is not None else None

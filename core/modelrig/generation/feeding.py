@@ -15,6 +15,7 @@ from modelrig.planning.tokenizer_files import OtherForm
 
 if TYPE_CHECKING:
     from modelrig.components import Cache
+    from modelrig.generation.options import GenerateOptions
     from modelrig.generation.tokenizer import Tokenizer
 
 PREFILL_CHUNK = 512  # tokens of a prompt per step: bounds activations, changes no result
@@ -39,6 +40,10 @@ class Engine:
     tokenizer: Tokenizer | None
     eos_ids: tuple[int, ...]
     other_form: OtherForm | None = None  # of the tokenizer, where there is none that can be used
+
+    def end_ids(self, options: GenerateOptions) -> tuple[int, ...]:
+        """The ids that end a row of a call with these options."""
+        return tuple(sorted({*(() if options.ignore_eos else self.eos_ids), *(options.stop_ids or ())}))
 
 
 class Feeder:

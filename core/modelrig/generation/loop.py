@@ -17,7 +17,7 @@ from torch import Tensor
 from modelrig.components import DecoderCall
 from modelrig.errors import PluginError, quoted
 from modelrig.generation.detokenizer import Detokenizer
-from modelrig.generation.feeding import PREFILL_CHUNK, Engine, Feeder
+from modelrig.generation.feeding import Engine, Feeder
 from modelrig.generation.options import GenerateOptions
 from modelrig.generation.results import Generation, Piece, Row, Stats, peak_memory_bytes
 from modelrig.generation.sampling import Sampler
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from modelrig.components import Cache, DecoderMaker
 
-__all__ = ["PREFILL_CHUNK", "Engine", "Generation", "Piece", "Run", "Stats"]
+__all__ = ["Engine", "Generation", "Piece", "Run", "Stats"]
 
 
 class Run:
@@ -79,7 +79,7 @@ class Run:
             raise no_text(engine.other_form, "find a text to stop at in its ids", locus="stop")
         self.engine, self.prompts, self._options = engine, prompts, options
         self._limit, self._returns, self._ranks = limit, returns, ranks
-        self._stop_ids = frozenset({*(() if options.ignore_eos else engine.eos_ids), *(options.stop_ids or ())})
+        self._stop_ids = frozenset(engine.end_ids(options))
         self._feeder = Feeder(engine, cache, prompts, histories, extra)
         copies_of = getattr(decoder, "copies", None)
         self._copies: int = returns if copies_of is None else copies_of(decoder_options)

@@ -5,6 +5,7 @@ The command line derives its flags from the fields of `GenerateOptions`; `docs/r
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from numbers import Integral, Real
@@ -14,12 +15,13 @@ import attrs
 
 from modelrig.errors import GenerateError, nearest, quoted
 
-__all__ = ["DEFAULT_NEW_TOKENS", "GenerateOptions"]
+__all__ = ["DEFAULT_NEW_TOKENS", "GenerateOptions", "Grammar"]
 
 DEFAULT_NEW_TOKENS = 256  # what `max_new_tokens=None` means, or less where the context has less room
 LARGEST_COUNT = 2**31 - 1
 LARGEST_SEED = 2**63 - 1
 LARGEST_BIAS = 1e9  # float32 logits stay finite after it
+LONGEST_GRAMMAR = 1 << 20  # characters
 
 
 class _RefusedError(Exception):
@@ -102,10 +104,38 @@ def _bias(value: Any) -> dict[int, float]:
     return {token(key): number(bias) for key, bias in value.items()}
 
 
-def _made(value: Any) -> Any:
-    if not callable(value):
+@attrs.frozen
+class Grammar:
+    """A constraint in words: `text` in `language`, for the component called `name` or the first that serves the language."""
+
+    language: str
+    text: str
+    name: str | None = None
+
+
+def _constraint(value: Any) -> Any:
+    if callable(value) or isinstance(value, Grammar):
+        return value
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise _RefusedError
-    return value
+    name = value.get("name")
+    languages = [key for key in value if key != "name"]
+    if len(languages) != 1 or not (name is None or isinstance(name, str)):
+        raise _RefusedError
+    return Grammar(languages[0], _grammar(value[languages[0]]), name)
+
+
+def _grammar(value: Any) -> str:
+    """A text as it is; what JSON can say, such as a schema, as JSON."""
+    try:
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, allow_nan=False)
+        text.encode("utf-8")
+    except (TypeError, ValueError, RecursionError):  # UnicodeEncodeError is a ValueError
+        raise _RefusedError from None
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if is_number or value is None or len(text) > LONGEST_GRAMMAR:
+        raise _RefusedError
+    return text
 
 
 def _option(default: Any, rule: Rule, accepts: str, help: str) -> Any:  # noqa: A002 - the word click uses
@@ -189,11 +219,12 @@ class GenerateOptions:
         "a whole number from 1 to 1048576",
         "pad prompts on the left to a multiple of this, where it fits, so that what is compiled for a length serves for others",
     )
-    constraint: Callable[[], Any] | None = _option(  # noqa: RUF009 - attrs, and the same call as above
+    constraint: Callable[[], Any] | Grammar | None = _option(  # noqa: RUF009 - attrs, and the same call as above
         None,
-        _optional(_made),
-        "a function without arguments that makes a modelrig.components.TokenMask",
-        "let only tokens come that this allows",
+        _optional(_constraint),
+        'a language with its text (at most a million characters), such as {"regex": "[0-9]+"} or {"json_schema": {...}}, and '
+        'perhaps the "name" of the component to serve it; or a function that makes a modelrig.components.TokenMask',
+        "let only text come that this allows",
     )
 
     def __attrs_post_init__(self) -> None:

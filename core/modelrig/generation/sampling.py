@@ -1,6 +1,6 @@
 """From logits to the next tokens, in the order Hugging Face uses.
 
-`process` (penalties, bias, minimum length, constraint) → `shape` (temperature, top_k, top_p, min_p) → draw. All of it in float32,
+`process` (penalties, bias, constraint, minimum length) → `shape` (temperature, top_k, top_p, min_p) → draw. All of it in float32,
 row by row, and but for constraints without a wait for the device. What an option does not ask for costs nothing.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from modelrig.errors import GenerateError, NotFiniteError
 from modelrig.generation.constraints import Constraints
-from modelrig.generation.options import GenerateOptions
+from modelrig.generation.options import GenerateOptions, Grammar
 
 __all__ = ["Sampler"]
 
@@ -65,7 +65,12 @@ class Sampler:
         self._seen: Tensor | None = None  # bool [batch, vocab]: in prompt or text
         self._counts: Tensor | None = None  # float32 [batch, vocab]: how often in the text
         self._observed = [0] * batch  # new tokens of each row
-        self._constraints = None if options.constraint is None else Constraints(options.constraint, batch, vocab_size, self._device)
+        self._constraints: Constraints | None = None
+        if options.constraint is not None:
+            if isinstance(options.constraint, Grammar):
+                raise AssertionError("a grammar is compiled before")
+            self._constraints = Constraints(options.constraint, batch, vocab_size, self._device, stop_ids)
+        self._dead: set[int] = set()  # rows of a search that nothing can follow
         self._broken: Tensor | None = None  # bool [batch]: a row had logits that are not finite; kept on the device
 
     def start(self, prompts: Sequence[Sequence[int]]) -> None:
@@ -125,6 +130,13 @@ class Sampler:
 
     def process(self, logits: Tensor, rows: Sequence[int] | None = None) -> Tensor:
         """logits [rows, vocab] → float32 [rows, vocab] with all that counts before the temperature. The input is left as it is."""
+        numbers = range(self._batch) if rows is None else rows
+        scores = self._penalised(logits, rows)
+        if self._constraints is not None:
+            scores = self._constraints.apply(scores, numbers)
+        return self._without_ends(scores, numbers) if self._suppresses else scores
+
+    def _penalised(self, logits: Tensor, rows: Sequence[int] | None) -> Tensor:
         scores = logits.float()
         if self._seen is not None and self._repetition is not None:
             seen = self._seen if rows is None else self._seen[torch.as_tensor(rows, device=self._device)]
@@ -135,14 +147,13 @@ class Sampler:
             scores = scores - self._frequency * counts - self._presence * (counts > 0)
         if self._bias is not None:
             scores = scores + self._bias
-        if self._suppresses:
-            scores = self._without_ends(scores, range(self._batch) if rows is None else rows)
-        if self._constraints is not None:
-            scores = self._constraints.apply(scores, range(self._batch) if rows is None else rows)
         return scores
 
     def _without_ends(self, scores: Tensor, rows: Sequence[int]) -> Tensor:
         short = [place for place, row in enumerate(rows) if self._observed[row] < self._options.min_new_tokens]
+        if self._constraints is not None and short:  # a text that is complete ends, however short it is
+            goes_on = (scores.index_fill(1, self._stop_ids, -math.inf) > -math.inf).any(dim=1).tolist()
+            short = [place for place in short if goes_on[place]]
         if len(short) == len(rows):
             return scores.index_fill(1, self._stop_ids, -math.inf)
         if short:
@@ -164,12 +175,25 @@ class Sampler:
     def score(self, logits: Tensor) -> Tensor:
         """logits [rows, vocab] → log-probabilities float32, which a search adds up: processed as transformers does, and with a
         temperature those that are drawn from."""
-        scores = self.process(torch.log_softmax(logits.float(), dim=-1))
-        return scores if self._options.is_greedy else torch.log_softmax(self.shape(scores), dim=-1)
+        scores = self._penalised(torch.log_softmax(logits.float(), dim=-1), None)
+        dead: list[int] = []
+        if self._constraints is not None:
+            scores, dead = self._constraints.search(scores, range(self._batch))
+        self._dead = set(dead)
+        if self._suppresses:
+            scores = self._without_ends(scores, range(self._batch))
+        if not self._options.is_greedy:
+            scores = torch.log_softmax(self.shape(scores), dim=-1)
+        if dead and not self._options.is_greedy:  # minus infinity less minus infinity
+            scores[dead] = -math.inf
+        return scores
 
     def top(self, scores: Tensor, count: int, width: int) -> tuple[Tensor, Tensor]:
         """The `count` best of each `width` rows: scores [groups, width * vocab] → (scores, places) [groups, count], best first.
         With a temperature they are drawn by their shares, none twice, by the generator of the group's first row."""
+        for row in sorted(self._dead):
+            if self._constraints is not None and not (scores[row // width] > -math.inf).any():
+                raise self._constraints.dead_end(row)
         if self._options.is_greedy:
             best, places = scores.topk(count, dim=-1)
             self._note(best[:, 0], range(0, self._batch, width))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modelrig.errors import CacheError
@@ -35,8 +37,9 @@ class Session:
         encode: Callable[[Any, Sequence[Message] | None, bool], list[int]],
         start: Callable[[Cache, list[int], int, Call], Run],
         defaults: GenerationConfig,
+        save: Callable[..., Path],
     ) -> None:
-        self.cache, self._encode, self._start, self._defaults = cache, encode, start, defaults
+        self.cache, self._encode, self._start, self._defaults, self._save = cache, encode, start, defaults, save
         self.tokens: list[int] = []
         self.messages: list[dict[str, Any]] = []
         self.answer: Generation | None = None
@@ -75,6 +78,10 @@ class Session:
         """Forget the conversation; the cache's memory stays allocated."""
         self.cache.reset()
         self.tokens, self.messages, self.answer, self._run = [], [], None, None
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the conversation and its cache to a file, from which `model.session(path=...)` goes on. See `model.save_cache`."""
+        return self._save(self.cache, path, self.tokens, self.messages)
 
     def _turn(self, prompt: Any, messages: Sequence[Message] | None, options: dict[str, Any]) -> Run:
         made = Call.make(self._defaults, options)

@@ -139,6 +139,10 @@ class Tokenizer:
         """Number of tokens, added ones included; the model's own vocabulary may be padded beyond it."""
         return int(self._rust.get_vocab_size(with_added_tokens=True))
 
+    def to_json(self) -> str:
+        """The whole tokenizer as a tokenizer.json, with the tokens that the files beside it add."""
+        return self._rust.to_str()
+
     @cached_property
     def special_tokens(self) -> frozenset[str]:
         """Tokens that `decode` leaves out with `skip_special_tokens`."""

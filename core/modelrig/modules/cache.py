@@ -115,7 +115,7 @@ class ContiguousCache:
         self._index = torch.arange(capacity, device=device)
         self._slots: dict[int, Slots] = {}
         self.padding: list[int] = []  # of each row
-        self.starts: Tensor | None = None  # the same as a tensor, int64 [batch]; None when no row is padded
+        self.starts: Tensor | None = None  # the same as a tensor, int64 [batch]; None when no row can be padded
         self._set_padding(padding)
 
     @property
@@ -182,15 +182,15 @@ class ContiguousCache:
         if chosen == list(range(self.batch)):
             return
         views = [view for layer in self.layers for view in layer.held(self._length).values()]
-        order = torch.tensor(chosen, device=self.device)
+        order = torch.tensor(chosen, device=views[0].device)
         # The scratch exists before anything changes, so running out of memory changes nothing.
-        scratch = torch.empty(max(view.nbytes for view in views), dtype=torch.uint8, device=self.device)
+        scratch = torch.empty(max(view.nbytes for view in views), dtype=torch.uint8, device=order.device)
         for view in views:
             taken = scratch[: view.nbytes].view(view.dtype).view(view.shape)
             view.copy_(torch.index_select(view, 0, order, out=taken))
         self.padding = [self.padding[row] for row in chosen]
         if self.starts is not None:
-            self.starts.copy_(self.starts[order])
+            self.starts.copy_(self.starts[chosen])
 
     def fork(self, copies: int) -> Self:
         """See `modelrig.components.Cache`. A step that was begun and not committed is no part of it."""
@@ -203,7 +203,7 @@ class ContiguousCache:
                 capacity=self.capacity,
                 dtype=self.dtype,
                 device=self.device,
-                padding=[row for row in self.padding for _ in range(copies)],
+                padding=None if self.starts is None else [row for row in self.padding for _ in range(copies)],
                 options=self.options,
             )
             made._reserve(self._length)
@@ -235,7 +235,7 @@ class ContiguousCache:
         self._check(checked, length, padding)
         checked.finish()
         self._reserve(length)
-        self._set_padding(padding)
+        self._set_padding(padding if any(padding) else None)
         self._length, self._touched, self._reserved = length, max(length, self._touched), None
         self._learn(checked)
         for number, layer in enumerate(self.layers):
@@ -259,8 +259,7 @@ class ContiguousCache:
                 raise CacheError(
                     "CA-ARGS", f"needs {self.batch} counts from 0 to {self.capacity - 1}, not {rows[:8]}", locus="padding"
                 )
-            if any(rows):
-                starts = torch.tensor(rows, device=self.device)
+            starts = torch.tensor(rows, device=self.device)
         self.padding, self.starts = rows, starts
         self._slots.clear()
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from attrs import evolve, frozen
 
-from modelrig.components import SLOTS, Component, Quantizer, Reason
+from modelrig.components import KINDS, SLOTS, Component, Quantizer, Reason
 from modelrig.errors import PluginError, RequestError, quoted
 from modelrig.planning.needs import NEEDS, PLAIN, Need, Situation
 from modelrig.planning.options import OptionsError, structure
@@ -77,7 +77,7 @@ class Field:
 def check_preferences(request: Request, registry: Registry) -> None:
     """A preferred name that is nobody's is a mistake. Raises `RequestError` (RQ-NAME)."""
     for name in request.prefer:
-        if not any(name in (one.name, one.id) for kind in SLOTS.values() for one in registry.components(kind)):
+        if not any(name in (one.name, one.id) for kind in KINDS for one in registry.components(kind)):
             origin = request.origin("prefer")
             raise RequestError("RQ-NAME", f"no component is called {quoted(name)} (prefer: {origin})", locus="prefer")
 
@@ -161,7 +161,9 @@ def _ids(kind: str, name: str, registry: Registry, there: Sequence[Registered]) 
 
 def _state_reasons(one: Registered) -> Iterator[Reason]:
     if one.state != "active":
-        yield Reason(f"plugin.{one.state}", f"{one.state}: {one.reason}", one.descriptor.install)
+        install = one.descriptor.install
+        is_said = install is not None and install in (one.reason or "")
+        yield Reason(f"plugin.{one.state}", f"{one.state}: {one.reason}", None if is_said else install)
 
 
 def _is_lossier(descriptor: Component, scheme: str) -> bool:

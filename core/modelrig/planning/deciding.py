@@ -228,11 +228,14 @@ def _placed(at: Situation, strategy: str, desk: Desk, negotiated: Negotiated, pl
     several = sum(is_gpu(device.name) for device in places) > 1 and len(facts.layers) == len(facts.blocks)
     beside: dict[str, int] = {}
     if several:
-        size = {spec: account.cache_bytes(at.context, at.batch, (spec,)) for spec in set(facts.cached_layers)}
+        of_layer = {spec: account.cache_places(at.device, at.context, at.batch, (spec,)) for spec in set(facts.cached_layers)}
+        size = {spec: places.get(at.device, 0) for spec, places in of_layer.items()}
         beside = {block: size.get(spec, 0) for block, spec in zip(facts.blocks, facts.layers, strict=True)}
-    devices = [
-        evolve(device, reserve=account.reserve(device.name, at.context, at.batch, with_cache=not several)) for device in places
-    ]
+    reserve = {
+        device.name: account.reserve(device.name, at.context, at.batch, with_cache=not (several and is_gpu(device.name)))
+        for device in places
+    }
+    devices = [evolve(device, reserve=reserve[device.name]) for device in places]
     return spread(_weights(at, desk, negotiated), devices, strategy=strategy, blocks=facts.blocks, beside=beside)
 
 
@@ -275,7 +278,7 @@ def open_account(at: Situation, desk: Desk, negotiated: Negotiated, placed: Plac
             copies=_copies(negotiated),
             beside=tuple(_lines_beside(desk.companions(at, negotiated))),
         )
-        account.cache_bytes(at.context, at.batch)
+        account.cache_places(at.device, at.context, at.batch, account.facts.cached_layers)
     except (ModelrigError, MemoryError):
         raise
     except Exception as error:

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
+import sysconfig
 from collections.abc import Mapping
 from importlib.metadata import Distribution, PackageNotFoundError, distribution, distributions
 from pathlib import Path
@@ -18,6 +20,7 @@ from typing import Any
 
 from attrs import Factory, asdict, frozen
 
+from modelrig.errors import quoted
 from modelrig.planning.nvml import Gpu, visible_gpus
 
 __all__ = ["Environment", "Gpu", "Memory", "read_environment"]
@@ -55,6 +58,7 @@ class Environment:
     torch: str | None = None  # version
     torch_cuda: bool = False  # this build of torch can use GPUs
     packages: Mapping[str, str] = Factory(dict)
+    lacks_cpp: str | None = None  # why nothing can be compiled from C++; None if it can
     is_here: bool = False  # it is the machine this process runs on, so something may be tried out
 
     def available_bytes(self, device: str) -> int | None:
@@ -95,6 +99,7 @@ def read_environment(environ: Mapping[str, str] | None = None, root: Path = Path
         torch=torch.version if torch else None,
         torch_cuda=torch is not None and has_gpu_support(torch),
         packages={name: found.version for name in PACKAGES if (found := _find(name))},
+        lacks_cpp=find_lack_of_cpp(environ),
         is_here=root == Path("/"),
     )
 
@@ -197,6 +202,18 @@ def _find(name: str) -> Distribution | None:
         return distribution(name)
     except PackageNotFoundError:
         return None
+
+
+# ------------------------------------------------------------------------------------------------ compiler
+
+
+def find_lack_of_cpp(environ: Mapping[str, str]) -> str | None:
+    """What is missing to compile C++ against Python, as torch does it: the compiler of CXX, or g++, and Python's headers."""
+    compiler = environ.get("CXX", "g++")
+    if shutil.which(compiler, path=environ.get("PATH")) is None:
+        return f"there is no C++ compiler {quoted(compiler)}"
+    headers = Path(sysconfig.get_path("include"))
+    return None if (headers / "Python.h").is_file() else f"Python's headers are not in {headers}"
 
 
 # ------------------------------------------------------------------------------------------------ small files

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 
-from modelrig.components import KINDS
+from modelrig.components import PLANNED
 from modelrig.errors import MAX_QUOTED
 from modelrig.planning.generation_config import IDS, RECOMMENDED, SAMPLING
 from modelrig.planning.ledger import MOMENTS
@@ -37,7 +37,7 @@ def explain(plan: RigPlan) -> str:
 
 def summary(plan: RigPlan) -> str:
     """One line: the model, the parts, the place, the bytes."""
-    parts = " · ".join(plan.choices[kind].component for kind in KINDS[2:] if kind in plan.choices)
+    parts = " · ".join(plan.choices[kind].component for kind in PLANNED[2:] if kind in plan.choices)
     size = human(plan.ledger.total("run", plan.device))
     others = "".join(f" and {device}" for device in dict.fromkeys(plan.device_map.values()) if device != plan.device)
     return f"{plan.reference}: {parts} · {plan.dtype} on {plan.device}{others} · context {plan.context} · {size}"
@@ -51,7 +51,7 @@ def _model(plan: RigPlan) -> Iterator[str]:
 
 def _rig(plan: RigPlan) -> Iterator[str]:
     rows = []
-    for kind in (kind for kind in KINDS if kind in plan.choices):
+    for kind in (kind for kind in PLANNED if kind in plan.choices):
         choice = plan.choices[kind]
         options = plain_options(choice.options) or {}
         set_to = f" ({', '.join(f'{key}={_shortened(_plain(value))}' for key, value in options.items())})" if options else ""

@@ -39,6 +39,7 @@ ON_DISK = "weights that stay on disk, no memory"
 SLOTS = "slots for blocks that are streamed"
 STAGING = "what is being converted"
 CACHE = "key/value cache"
+CACHE_ON_DISK = "key/value cache on disk, no memory"
 ACTIVATIONS = "activations (512 prompt tokens × 4 hidden, 2 feed-forward and all q, k, v widths; logits)"
 ENCODING = "activations (all tokens × 4 hidden, 2 feed-forward and all q, k, v widths; outputs)"
 GPU_CONTEXT = "GPU context"
@@ -268,13 +269,13 @@ class Account:
     copies: int = 0
     beside: tuple[Line, ...] = ()
 
-    def cache_bytes(self, context: int, batch: int, layers: Sequence[AttentionSpec] | None = None) -> int:
-        """Of `layers`; by default of all that keep keys and values."""
-        layers = self.facts.cached_layers if layers is None else layers
-        rows = [batch, batch * self.copies] if self.copies else [batch]
-        return (
-            sum(int(self.cache.nbytes(layers, count, context, self.dtype, self.cache_options)) for count in rows) if layers else 0
-        )
+    def cache_places(self, device: str, context: int, batch: int, layers: Sequence[AttentionSpec]) -> dict[str, int]:
+        """Where the bytes of `layers`, which `device` runs, lie: device → bytes; a cache of prompts and one of copies are two."""
+        total: dict[str, int] = {}
+        for rows in [batch, batch * self.copies] if self.copies else [batch]:
+            for place, size in cache_places(self.cache, self.cache_options, self.dtype, device, context, rows, layers).items():
+                total[place] = total.get(place, 0) + size
+        return total
 
     def draw(self, context: int, batch: int) -> Ledger:
         """The ledger at `context` tokens of `batch` sequences."""
@@ -283,8 +284,9 @@ class Account:
         staging = max(weights.staging for device, weights in parts.items() if device != DISK)
         items.append((CPU, "load_peak", STAGING, staging, False))
         items += [(self.device, moment, SLOTS, self.slots, True) for moment in MOMENTS[1:]]
-        items += [(device, *item) for device in parts if self._runs(device) for item in self._running(device, context, batch)]
-        order = sorted({*parts, CPU}, key=lambda device: (device != self.device, device == DISK, device == CPU, device))
+        items += [item for device in parts if self._runs(device) for item in self._running(device, context, batch)]
+        there = {CPU, *parts, *(item[0] for item in items)}
+        order = sorted(there, key=lambda device: (device != self.device, device == DISK, device == CPU, device))
         items.sort(key=lambda item: (order.index(item[0]), MOMENTS.index(item[1])))
         lines = (Line(device=d, moment=m, what=what, bytes=size, exact=exact) for d, m, what, size, exact in items if size)
         return Ledger((*lines, *self.beside))
@@ -292,7 +294,7 @@ class Account:
     def reserve(self, device: str, context: int, batch: int, *, with_cache: bool = True) -> int:
         """What `device` needs beside weights and slots, at the moment it needs most."""
         ledger = evolve(self, elsewhere={device: NO_WEIGHTS} if device != self.device else {}).draw(context, batch)
-        weights = (MAPPED, WEIGHTS, ON_DISK, COPIES, SLOTS, *(() if with_cache else (CACHE,)))
+        weights = (MAPPED, WEIGHTS, ON_DISK, COPIES, SLOTS, *(() if with_cache else (CACHE, CACHE_ON_DISK)))
         return max(
             sum(
                 line.bytes
@@ -315,10 +317,22 @@ class Account:
             if is_gpu(device):
                 yield (moment, GPU_CONTEXT, GPU_CONTEXT_BYTES, False)
 
-    def _running(self, device: str, context: int, batch: int) -> Iterator[tuple[str, str, int, bool]]:
+    def _running(self, device: str, context: int, batch: int) -> Iterator[tuple[str, str, str, int, bool]]:
         weights = self.weights if device == self.device else self.elsewhere[device]
-        yield ("run", COPIES, weights.copies, False)
-        layers = self.facts.cached_layers if device == self.device else ()
-        yield ("run", CACHE, self.cache_bytes(context, batch, self.layers.get(device, ()) if self.layers else layers), True)
+        yield (device, "run", COPIES, weights.copies, False)
+        layers = self.layers.get(device, ()) if self.layers else self.facts.cached_layers if device == self.device else ()
+        for place, size in self.cache_places(device, context, batch, layers).items():
+            yield (place, "run", CACHE_ON_DISK if place == DISK else CACHE, size, True)
         what = ACTIVATIONS if self.facts.generates else ENCODING
-        yield ("run", what, activation_bytes(self.facts, batch, context, self.dtype), False)
+        yield (device, "run", what, activation_bytes(self.facts, batch, context, self.dtype), False)
+
+
+def cache_places(
+    planner: Any, options: Any, dtype: str, device: str, context: int, batch: int, layers: Sequence[AttentionSpec]
+) -> dict[str, int]:
+    """Where the bytes of a cache lie whose `layers` run on `device`: device → bytes."""
+    if not layers:
+        return {}
+    if (places := getattr(planner, "places", None)) is None:
+        return {device: int(planner.nbytes(layers, batch, context, dtype, options))}
+    return {place: int(size) for place, size in places(layers, batch, context, dtype, options, device).items()}

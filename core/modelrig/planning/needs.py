@@ -52,6 +52,7 @@ class AttentionNeed(Need):
     cpu_flags: frozenset[str] = frozenset()
     gpu: Gpu | None = None  # the one that runs, where it is known
     driver: str | None = None  # its version
+    lacks_cpp: str | None = None  # why nothing can be compiled from C++; None if it can
 
 
 @frozen(kw_only=True)
@@ -105,6 +106,7 @@ class Situation:
     streamed: bool = False  # some weights are not on the device that runs
     gpus: tuple[Gpu, ...] = ()
     driver: str | None = None
+    lacks_cpp: str | None = None
     is_here: bool = False  # planned for this machine
 
     @property
@@ -130,6 +132,7 @@ def attention_need(at: Situation) -> AttentionNeed:
         cpu_flags=at.cpu_flags,
         gpu=next((gpu for gpu in at.gpus if gpu.device == at.device), None),
         driver=at.driver,
+        lacks_cpp=at.lacks_cpp,
     )
 
 

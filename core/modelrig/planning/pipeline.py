@@ -181,6 +181,7 @@ def make_situation(checkpoint: Checkpoint, request: Request, environment: Enviro
         cpu_flags=environment.cpu_flags,
         gpus=environment.gpus,
         driver=environment.driver,
+        lacks_cpp=environment.lacks_cpp,
         is_here=environment.is_here,
         machine=machine_of(environment),
         origins={"device": why_device, "dtype": why_dtype, "context": why_context, "batch": request.origin("batch")},

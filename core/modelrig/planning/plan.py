@@ -10,7 +10,7 @@ from typing import Any
 
 import attrs
 
-from modelrig.components import KINDS, AttentionSpec, Catalog, ModelFacts, Snapshot
+from modelrig.components import PLANNED, AttentionSpec, Catalog, ModelFacts, Snapshot
 from modelrig.errors import GenerateError
 from modelrig.planning.environment import Environment
 from modelrig.planning.generation_config import GenerationConfig
@@ -146,7 +146,7 @@ class RigPlan:
         sampling = self.decoder_when_sampling
         return {
             "model": self.reference,
-            "choices": {kind: _choice(self.choices[kind]) for kind in KINDS if kind in self.choices},
+            "choices": {kind: _choice(self.choices[kind]) for kind in PLANNED if kind in self.choices},
             "decoder_when_sampling": None if sampling is None else _choice(sampling),
             "refused": [
                 {

@@ -12,7 +12,7 @@ from typing import Any
 
 from attrs import frozen
 
-from modelrig.components import KINDS, SLOTS, Component, Reason
+from modelrig.components import PLANNED, SLOTS, Component, Reason
 from modelrig.errors import nearest
 from modelrig.planning.needs import Need
 
@@ -108,8 +108,8 @@ def unary_reasons(component: Component, need: Need) -> Iterator[Reason]:
 def unknown_links(component: Component) -> Iterator[Reason]:
     """A component that needs something of a kind there is not can never fit."""
     for kind in component.needs:
-        if kind not in KINDS:
-            guess = nearest(str(kind), KINDS)
+        if kind not in PLANNED:
+            guess = nearest(str(kind), PLANNED)
             yield Reason(f"{SINGULAR[component.kind]}.needs", f"needs something of the unknown kind {kind!r}{guess}")
 
 

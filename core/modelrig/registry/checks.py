@@ -15,6 +15,7 @@ from modelrig.components import (
     API_VERSION,
     DESCRIPTORS,
     KINDS,
+    PLANNED,
     AttentionCapabilities,
     CacheCapabilities,
     CompilerCapabilities,
@@ -184,13 +185,17 @@ RULES: dict[str, tuple[str, Callable[[Any], object]]] = {
     "install": ("it must be a command, or None", lambda value: value is None or (isinstance(value, str) and value.strip())),
     "offers": ("it must be a set of strings", _are_strings),
     "needs": (
-        f"it must map kinds ({', '.join(KINDS)}) to sets of strings",
-        lambda value: all(kind in KINDS and _are_strings(tokens) for kind, tokens in value.items()),
+        f"it must map kinds ({', '.join(PLANNED)}) to sets of strings",
+        lambda value: all(kind in PLANNED and _are_strings(tokens) for kind, tokens in value.items()),
     ),
     "rank": ("it must be a whole number", lambda value: type(value) is int),
     "experimental": ("it must be True or False", lambda value: isinstance(value, bool)),
     "plans_with_torch": ("it must be True or False", lambda value: isinstance(value, bool)),
     "model_types": ("it must name at least one model_type", lambda value: value and _are_strings(value)),
+    "languages": (
+        "it must name at least one language, in lower-case letters, digits and underscores, and none 'name'",
+        lambda value: value and all(isinstance(one, str) and NAME.fullmatch(one) and one != "name" for one in value),
+    ),
     "capabilities": ("it must be an instance of the capabilities class of its kind", lambda value: value is not None),
 }
 

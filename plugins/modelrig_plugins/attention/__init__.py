@@ -45,6 +45,23 @@ def modelrig_attention() -> list[AttentionBackend]:
             ),
         ),
         AttentionBackend(
+            name="flex",
+            summary="torch's flex_attention, compiled at first use; caps scores",
+            planner="modelrig_plugins.attention.flex:FlexPlanner",
+            implementation="modelrig_plugins.attention.flex_module:FlexAttention",
+            offers={"fullgraph"},
+            needs={"caches": {"layout:bhsd"}},
+            rank=95,
+            capabilities=AttentionCapabilities(
+                devices={"cpu", "cuda"},
+                dtypes={"float32", "bfloat16", "float16"},
+                masks={"causal", "bidirectional", "padding", "window"},
+                grouped_heads=True,
+                softcap=True,
+                unequal_value_dim=True,
+            ),
+        ),
+        AttentionBackend(
             name="eager",
             summary="the readable reference: every score is computed, softmax in float32",
             planner=NOTHING_TO_PLAN,

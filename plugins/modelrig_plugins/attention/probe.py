@@ -24,6 +24,10 @@ def kernel_of(name: str, options: dict[str, Any]) -> Any:
         from modelrig_plugins.attention.flash_attention_2_module import FlashAttention2
 
         return FlashAttention2()
+    if name == "flex":
+        from modelrig_plugins.attention.flex_module import FlexAttention
+
+        return FlexAttention()
     raise ValueError(f"there is no trial for {name!r}")
 
 
@@ -64,8 +68,8 @@ def trial(name: str, options: dict[str, Any], device: str, dtype: str, layers: l
             error = (actual.double() - expected.double()).abs().max().item() / v.double().abs().max().item()
             if not error <= BOUNDS[dtype]:
                 return {"error": f"{what} differs from eager by {error:.1e} of the largest value", "kernels": used}
-            if (taken := getattr(lowered, "kernel", None)) is not None:
-                used[what] = taken
+            if name == "sdpa":
+                used[what] = kernel.taken[spec, lowered.mask is None, lowered.is_causal]
     return {"error": None, "kernels": used}
 
 

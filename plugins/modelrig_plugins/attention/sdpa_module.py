@@ -11,11 +11,10 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from attrs import define
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -34,17 +33,23 @@ BACKENDS = {
 NUMBERS = {int(backend.value): name for name, backend in BACKENDS.items()}
 
 
-@define(eq=False)
-class Lowered:
-    """One step's mask for one spec, and how torch is called so that it takes `kernel`: inside a block that forbids others
-    (`is_restricted`), with a dense copy of keys and values for each query head (`repeats`)."""
+class Way(NamedTuple):
+    """How torch is called so that it takes a kernel that is permitted: inside a block that forbids others (`is_restricted`), with a
+    dense copy of keys and values for each query head (`repeats`)."""
+
+    is_restricted: bool = False
+    repeats: bool = False
+
+
+class Lowered(NamedTuple):
+    """One step's mask for one spec."""
 
     mask: Tensor | None  # bool [b or 1, 1, t, s]
     is_causal: bool
-    is_restricted: bool = False
-    repeats: bool = False
-    is_known: bool = True
-    kernel: str | None = None
+    way: Way
+
+
+Form = tuple[AttentionSpec, bool, bool]  # what a call is like: the spec, without a mask, is_causal
 
 
 class SdpaAttention:
@@ -53,36 +58,35 @@ class SdpaAttention:
     def __init__(self, options: SdpaOptions | None = None) -> None:
         self.kernels: tuple[str, ...] = (options or SdpaOptions()).kernels
         self.backends = [BACKENDS[name] for name in self.kernels]
-        self._ways: dict[tuple[AttentionSpec, bool, bool], tuple[bool, bool, str]] = {}
+        self.taken: dict[Form, str] = {}  # the kernels that were found out
+        self._ways: dict[Form, Way] = {}
+        self._open: set[Form] = set()  # that have to be looked at
+        self._by_form = False  # each call asks for its way: it may not be the one that is expected
 
     def prepare(self, spec: AttentionSpec, visible: Visibility) -> Lowered:
         """No mask where none is needed: one query that sees everything, or a first prompt that is_causal describes."""
         count, past = visible.query_index.shape[0], visible.past
         in_window = past is not None and (visible.window is None or past + count <= visible.window)
-        lowered = None
-        if visible.starts is None and in_window and visible.seen_from is None and visible.seen_until is None:
-            if not visible.causal or count == 1:
-                lowered = Lowered(None, False)
-            elif past == 0:
-                lowered = Lowered(None, True)
-        if lowered is None:
-            lowered = Lowered(visible.dense(), False)
-        device = visible.query_index.device.type
-        if torch.compiler.is_compiling():  # torch chooses while it traces; what is not permitted is not offered to it
-            lowered.is_restricted = self.kernels[0] != "flash" if device == "cpu" else "math" not in self.kernels
-        elif device == "cpu" and (way := self._ways.get((spec, lowered.mask is None, lowered.is_causal))) is not None:
-            lowered.is_restricted, lowered.repeats, lowered.kernel = way
-        else:
-            lowered.is_known = False
-        return lowered
+        is_plain = visible.starts is None and in_window and visible.seen_from is None and visible.seen_until is None
+        is_causal = is_plain and visible.causal and count > 1
+        mask = None if is_plain and (past == 0 or not is_causal) else visible.dense()
+        is_causal = is_causal and mask is None
+        form, on_cpu = (spec, mask is None, is_causal), visible.query_index.device.type == "cpu"
+        if not torch.compiler.is_compiling() and not (on_cpu and form in self._ways):
+            self._open.add(form)
+            self._by_form = self._by_form or not on_cpu
+        # What is expected, and what a graph is made of: torch chooses while it traces, what is not permitted is not offered to it.
+        expected = Way("flash" not in self.kernels if on_cpu else "math" not in self.kernels)
+        return Lowered(mask, is_causal, self._ways.get(form, expected) if on_cpu else expected)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Lowered, spec: AttentionSpec) -> Tensor:
         if spec.value_dim != spec.head_dim:
             q, k, v = equal_widths(q, k, v)
-        if not mask.is_known:
-            self._look(q, k, v, mask, spec)
-        if mask.is_restricted or mask.repeats:
-            y = self._call_as_found(q, k, v, mask, spec)
+        way = mask.way
+        if (self._open or self._by_form) and not torch.compiler.is_compiling():
+            way = self._find(q, k, v, mask, spec)
+        if way.is_restricted or way.repeats:
+            y = self._call(q, k, v, mask, spec, way)
         else:
             y = F.scaled_dot_product_attention(
                 q,
@@ -100,29 +104,36 @@ class SdpaAttention:
             y = y.transpose(1, 2)
         return y.reshape(b, t, spec.num_heads * spec.value_dim)
 
-    def _call_as_found(self, q: Tensor, k: Tensor, v: Tensor, mask: Lowered, spec: AttentionSpec) -> Tensor:
+    def _call(self, q: Tensor, k: Tensor, v: Tensor, mask: Lowered, spec: AttentionSpec, way: Way) -> Tensor:
         """A call that needs one thing more: a block that forbids kernels, or keys and values for each query head."""
-        if mask.repeats:
+        if way.repeats:
             k, v = _repeated(k, v, spec)
-        grouped = spec.num_heads != spec.num_key_value_heads and not mask.repeats
+        grouped = spec.num_heads != spec.num_key_value_heads and not way.repeats
         given: dict[str, Any] = {"attn_mask": mask.mask, "is_causal": mask.is_causal, "scale": spec.scale, "enable_gqa": grouped}
-        if not mask.is_restricted:
+        if not way.is_restricted:
             return F.scaled_dot_product_attention(q, k, v, **given)
         with sdpa_kernel(self.backends):
             return F.scaled_dot_product_attention(q, k, v, **given)
 
-    def _look(self, q: Tensor, k: Tensor, v: Tensor, mask: Lowered, spec: AttentionSpec) -> None:
-        """Find a way by which torch takes a kernel that is permitted. Raises `PluginError` (PL-KERNEL) if there is none."""
+    def _find(self, q: Tensor, k: Tensor, v: Tensor, mask: Lowered, spec: AttentionSpec) -> Way:
+        """The way of a call, looked for if that is due. On CPU it is as expected, unless a form of call says otherwise."""
+        form = (spec, mask.mask is None, mask.is_causal)
+        if form in self._open:
+            self._ways[form] = self._look(q, k, v, mask, spec)
+            self._open.discard(form)
+            self._by_form = self._by_form or self._ways[form] != mask.way
+        return self._ways.get(form, mask.way)
+
+    def _look(self, q: Tensor, k: Tensor, v: Tensor, mask: Lowered, spec: AttentionSpec) -> Way:
+        """A way by which torch takes a kernel that is permitted. Raises `PluginError` (PL-KERNEL) if there is none."""
         grouped = spec.num_heads != spec.num_key_value_heads
         for repeats in (False, True):
             keys, values = _repeated(k, v, spec) if repeats else (k, v)
             for is_restricted in (False, True):
                 kernel = self._choice(q, keys, values, mask, spec, is_restricted, grouped and not repeats)
                 if kernel in self.kernels:
-                    mask.is_restricted, mask.repeats, mask.kernel, mask.is_known = is_restricted, repeats, kernel, True
-                    if q.device.type == "cpu":
-                        self._ways[spec, mask.mask is None, mask.is_causal] = is_restricted, repeats, kernel
-                    return
+                    self.taken[spec, mask.mask is None, mask.is_causal] = kernel
+                    return Way(is_restricted, repeats)
         shapes = ", ".join(f"{name} {list(x.shape)}" for name, x in (("q", q), ("k", k), ("v", v)))
         there = [name for name in KERNELS_OF.get(q.device.type, ()) if name not in self.kernels]
         raise PluginError(

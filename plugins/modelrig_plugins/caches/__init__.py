@@ -49,4 +49,13 @@ def modelrig_caches() -> list[CacheImplementation]:
             rank=60,
             capabilities=evolve(_CAPABILITIES, lossy=True),
         ),
+        CacheImplementation(
+            name="offloaded",
+            summary="on disk for a model on the CPU, in main memory for one on a GPU; brought layer by layer",
+            planner="modelrig_plugins.caches.offloaded:OffloadedPlanner",
+            implementation="modelrig_plugins.caches.offloaded_module:OffloadedCache",
+            offers={"layout:bhsd", "uniform", "rewind"},
+            rank=70,
+            capabilities=_CAPABILITIES,
+        ),
     ]

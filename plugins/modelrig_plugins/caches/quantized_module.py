@@ -255,6 +255,20 @@ class QuantizedCache(SlidingCache):
             slots.offered = (torch.cat((packed, recent)), seen_from, seen_until)
         return slots
 
+    def export(self) -> dict[str, Tensor]:
+        """As the base class's, and `form` int64 [3]: bits, group and residual."""
+        with torch.inference_mode(False):
+            return {**super().export(), "form": torch.tensor(self._form)}
+
+    @property
+    def _form(self) -> list[int]:
+        return [self.options.bits, self.options.group, self.options.residual]
+
+    def _check(self, state: CacheState, length: int, padding: Sequence[int]) -> None:
+        super()._check(state, length, padding)
+        form = state.integers("form", 3)
+        state.require(form == self._form, "form", f"bits, group and residual are {form}, here {self._form}")
+
     def reorder(self, rows: Sequence[int]) -> None:
         super().reorder(rows)
         assert self.blocks is not None

@@ -19,7 +19,7 @@ IN_PLACE = ("linear", "mv", "turned", "onednn")
 HARDLY_FASTER = 0.97
 #: rows of a step are sorted by powers of two: 1, 2, 3 to 4 and so on count as 1, 2, 2, 4; from the last on they are many
 CLASSES = 10
-FEW = (1, 2, 3, 4)  # the classes of 2 to 31 rows: drafts under verification, batches
+MOST_STEPPED = 32  # as many rows are a prompt, fewer a step: a token, drafts under verification, a batch
 
 
 @frozen
@@ -94,12 +94,12 @@ def single_row_kernel(need: QuantizerNeed) -> str:
     return "linear" if need.device != "cpu" or (can_pack(need) and "amx_tile" not in need.cpu_flags) else "mv"
 
 
-def few_rows_kernel(dtype: str, cpu_flags: frozenset[str]) -> str:
+def few_rows_kernel(dtype: str, cpu_flags: frozenset[str], rows: int) -> str:
     """For 2 to 31 rows: with tiles the product is turned, so that oneDNN rearranges the rows rather than the weight; in float32
-    oneDNN is asked, where `F.linear` asks MKL."""
+    oneDNN is asked from 4 rows on, where `F.linear` asks MKL."""
     if dtype == "bfloat16" and "amx_bf16" in cpu_flags:
         return "turned"
-    return "onednn" if dtype == "float32" and "avx512f" in cpu_flags else "linear"
+    return "onednn" if dtype == "float32" and rows >= 4 and "avx512f" in cpu_flags else "linear"
 
 
 # ------------------------------------------------------------------------------------------------ as measured

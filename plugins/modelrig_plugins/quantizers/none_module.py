@@ -19,13 +19,12 @@ from modelrig.loading.transport import drop_pages
 from modelrig.modules.linear import named
 from modelrig.planning.environment import read_environment
 from modelrig.planning.measured import Measured
-from modelrig_plugins.quantizers.none import CLASSES, FEW, NoneOptions, TunedOptions, few_rows_kernel, label
+from modelrig_plugins.quantizers.none import CLASSES, MOST_STEPPED, NoneOptions, TunedOptions, few_rows_kernel, label
 
 Kernel = Callable[[Tensor], Tensor]
 
 PATIENCE = 4  # calls of few tokens before a weight may be packed
 SPREAD = 12  # steps over which the weights of a model are packed
-MOST_STEPPED = 2 << len(FEW)  # as many rows are a prompt, fewer a step
 
 
 class DenseLinear:
@@ -60,9 +59,9 @@ class DenseLinear:
         if self.kernel in ("linear", "packed") or weight.device.type != "cpu":
             return (self.kernel if weight.device.type == "cpu" else "linear",) * CLASSES
         dtype = str(weight.dtype).removeprefix("torch.")
-        few = few_rows_kernel(dtype, self.flags)
-        one = "mv" if self.vector else "linear"
-        return tuple(one if place == 0 else few if place in FEW else "linear" for place in range(CLASSES))
+        counts = (1 << place for place in range(1, CLASSES))
+        several = (few_rows_kernel(dtype, self.flags, rows) if rows < MOST_STEPPED else "linear" for rows in counts)
+        return ("mv" if self.vector else "linear", *several)
 
     @staticmethod
     def tune(shapes: Iterable[tuple[int, int]], dtype: str, progress: Callable[[str], None]) -> Measured:
@@ -82,9 +81,9 @@ def mv(weight: Tensor, bias: Tensor | None) -> Kernel:
     """Of a single row, [1, in] or [in]."""
 
     def multiply(x: Tensor) -> Tensor:
-        if x.dim() > 1:
-            return multiply(x[0]).unsqueeze(0)
-        return torch.mv(weight, x) if bias is None else torch.addmv(bias, weight, x)
+        row = x.view(-1)
+        y = torch.mv(weight, row) if bias is None else torch.addmv(bias, weight, row)
+        return y.view(x.shape[:-1] + y.shape)
 
     return multiply
 
@@ -116,12 +115,15 @@ def by_rows(weight: Tensor, bias: Tensor | None, kernels: Mapping[str, Kernel], 
     of_class = tuple(kernels[name] for name in names)
     one, last, is_mv = of_class[0], len(names) - 1, names[0] == "mv"
 
-    def multiply(x: Tensor) -> Tensor:  # x: [rows, in] or [in]
-        if x.dim() == 1:
-            return one(x) if is_mv else multiply(x.unsqueeze(0)).squeeze(0)
+    def matrix(x: Tensor) -> Tensor:  # x: [rows, in]
         if torch.compiler.is_compiling():
             return F.linear(x, weight, bias)
         return of_class[min(x.shape[0].bit_length() - 1, last)](x)
+
+    def multiply(x: Tensor) -> Tensor:  # x: [rows, in] or [in]
+        if x.dim() > 1:
+            return matrix(x)
+        return one(x) if is_mv else matrix(x.unsqueeze(0)).squeeze(0)
 
     def name_at(rows: int) -> str:
         place = min(rows.bit_length() - 1, last)

@@ -72,11 +72,10 @@ def test_where_no_permitted_kernel_is_left_that_is_an_error_and_no_silent_fallba
     spec = AttentionSpec(4, 2, 16, 16, 0.3)
     q, v = torch.randn(2, 4, 3, 16), torch.randn(2, 2, 3, 16)
     k = torch.randn(2, 2, 16, 3).transpose(2, 3)  # not dense along the last axis
-    for kernels, taken in (("flash", "flash"), ("flash,math", "math")):  # flash with a dense copy
+    for kernels, repeats in (("flash", True), ("flash,math", False)):  # flash with a dense copy
         permitted = SdpaAttention(SdpaOptions(kernels))
-        lowered = permitted.prepare(spec, visible(0, 3))
-        permitted.attend(q, k, v, lowered, spec)
-        assert taken == lowered.kernel
+        permitted.attend(q, k, v, permitted.prepare(spec, visible(0, 3)), spec)
+        assert repeats == permitted.prepare(spec, visible(0, 3)).way.repeats
     kernel = SdpaAttention(SdpaOptions("efficient,cudnn"))  # as on a machine that is not the one planned for
     with pytest.raises(PluginError, match=r"none of torch's kernels efficient, cudnn computes q \[2, 4, 3, 16\]") as caught:
         kernel.attend(q, k, v, kernel.prepare(spec, visible(0, 3)), spec)
@@ -108,9 +107,8 @@ def test_kernels_without_grouped_heads_get_keys_for_each_query_head(monkeypatch:
     kernel, eager, spec = SdpaAttention(), EagerAttention(), AttentionSpec(4, 2, 16, 16, 0.3)
     for seen, repeats in ((visible(0, 4), False), (visible(0, 4, [0, 3]), True)):
         q, k = torch.randn(2, 4, 4, 16), torch.randn(2, 2, 4, 16)
-        lowered = kernel.prepare(spec, seen)
-        actual = kernel.attend(q, k, k, lowered, spec)
-        assert repeats == lowered.repeats
+        actual = kernel.attend(q, k, k, kernel.prepare(spec, seen), spec)
+        assert repeats == kernel.prepare(spec, seen).way.repeats
         torch.testing.assert_close(eager.attend(q, k, k, eager.prepare(spec, seen), spec), actual)
 
 
@@ -183,3 +181,15 @@ def test_the_trial_itself_runs_in_a_child_process() -> None:
     assert torch.__version__ == tried.found["versions"]["torch"]
     failed = run(attention_probe("sdpa", need, {"kernels": ["efficient"]}, packages=("torch",)))
     assert "PL-KERNEL" in (failed.found or {})["error"]
+
+
+@pytest.mark.parametrize("kernels", ["flash", "math"])
+def test_a_compiled_block_takes_masks_that_were_made_outside_of_it(kernels: str) -> None:
+    kernel, eager, spec = SdpaAttention(SdpaOptions(kernels)), EagerAttention(), AttentionSpec(4, 2, 16, 16, 0.3)
+    attend = torch.compile(lambda q, k, v, mask: kernel.attend(q, k, v, mask, spec) * 1.0, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        for seen in (visible(0, 4), visible(0, 4, [0, 3])):
+            q, k = torch.randn(2, 4, 4, 16), torch.randn(2, 2, 4, 16)
+            expected = eager.attend(q, k, k, eager.prepare(spec, seen), spec)
+            torch.testing.assert_close(expected, attend(q, k, k, kernel.prepare(spec, seen)))
+    torch._dynamo.reset()

@@ -158,6 +158,19 @@ def test_prompts_of_any_length_and_further_calls_compile_nothing(
     assert "1 x 1 tokens" in caplog.text
 
 
+def test_lengths_that_are_rounded_up_to_one_bucket_share_a_graph(folders: dict[str, Path]) -> None:
+    """The longest of the bucket too, which has no padding."""
+    eager, compiled = both(folders["Llama"], cache="static")
+    made = None
+    for count in (5, 1, 15, 16, 9):
+        prompt = tokens(1, count, seed=count)[0].tolist()
+        found = compiled.generate(prompt, max_new_tokens=6, pad_to_multiple_of=16)
+        assert eager.generate(prompt, max_new_tokens=6).tokens == found.tokens
+        assert made in (None, (compiled.step.compiled, compiled.step.loaded))
+        made = (compiled.step.compiled, compiled.step.loaded)
+    assert made is not None and sum(made) == 1
+
+
 def test_a_larger_cache_compiles_nothing(folders: dict[str, Path]) -> None:
     model = modelrig.load(folders["Llama"], **COMPILED)
     feed(model.step, model.new_cache(max_len=20), tokens(1, 20), 1)

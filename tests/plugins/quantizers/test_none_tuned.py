@@ -18,7 +18,7 @@ from modelrig.planning.measured import Measured, keep_measured, kernels_file, ma
 from modelrig.planning.needs import QuantizerNeed
 from modelrig.planning.pipeline import make_plan
 from modelrig_plugins.quantizers import none_tuning
-from modelrig_plugins.quantizers.none import CLASSES, ID, NoneOptions, TunedOptions, choose, few_rows_kernel, label
+from modelrig_plugins.quantizers.none import CLASSES, ID, NoneOptions, TunedOptions, choose, label
 from modelrig_plugins.quantizers.none_module import IN_PLACE, DenseLinear, by_rows
 
 
@@ -160,18 +160,21 @@ def test_every_kernel_is_the_product_for_any_number_of_rows(name: str, dtype: to
 
 
 @pytest.mark.parametrize(
-    ("dtype", "flags", "kernel"),
+    ("dtype", "flags", "expected"),
     [
-        ("bfloat16", {"avx512f", "avx512_bf16", "amx_tile", "amx_bf16"}, "turned"),
-        ("bfloat16", {"avx512f", "avx512_bf16"}, "linear"),
-        ("float32", {"avx512f"}, "onednn"),
-        ("float32", {"avx2"}, "linear"),
-        ("float16", {"avx512f", "amx_bf16"}, "linear"),
-        ("float64", {"avx512f", "amx_bf16"}, "linear"),
+        ("bfloat16", {"avx512f", "avx512_bf16", "amx_tile", "amx_bf16"}, ["mv", "turned", "turned", "turned", "linear"]),
+        ("bfloat16", {"avx512f", "avx512_bf16"}, ["mv", "linear", "linear", "linear", "linear"]),
+        ("float32", {"avx512f"}, ["mv", "linear", "onednn", "onednn", "linear"]),
+        ("float32", {"avx2"}, ["mv", "linear", "linear", "linear", "linear"]),
+        ("float16", {"avx512f", "amx_bf16"}, ["mv", "linear", "linear", "linear", "linear"]),
+        ("float64", {"avx512f", "amx_bf16"}, ["mv", "linear", "linear", "linear", "linear"]),
     ],
 )
-def test_steps_of_a_few_rows_have_a_rule(dtype: str, flags: set[str], kernel: str) -> None:
-    assert kernel == few_rows_kernel(dtype, frozenset(flags))
+def test_steps_of_a_few_rows_have_a_rule(dtype: str, flags: set[str], expected: list[str]) -> None:
+    maker = DenseLinear(NoneOptions("mv"))
+    maker.flags = frozenset(flags)
+    kernel = maker.make_linear(torch.ones(3, 5, dtype=getattr(torch, dtype)), None)
+    assert expected == [kernel.name_at(rows) for rows in (1, 3, 4, 31, 32)]  # type: ignore[attr-defined]
 
 
 def test_a_model_by_measured_kernels_computes_the_same_and_says_which_serve(folder: Path) -> None:
