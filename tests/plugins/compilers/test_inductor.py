@@ -246,6 +246,7 @@ def test_a_plan_takes_a_cache_whose_buffers_stay_where_they_are(llama_folder: Pa
     plan = modelrig.plan(llama_folder, **COMPILED)
     assert ("static", InductorOptions("block")) == (plan.choices["caches"].name, plan.choices["compilers"].options)
     assert "compiler.link.cache" in refusals(llama_folder, cache="dynamic")
+    assert "compiler.link.attention" in refusals(llama_folder, attention="flex")
 
 
 def test_without_a_compiler_the_plan_says_so(llama_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
