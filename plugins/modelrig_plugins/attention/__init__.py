@@ -14,7 +14,7 @@ def modelrig_attention() -> list[AttentionBackend]:
             summary="torch's scaled_dot_product_attention",
             planner="modelrig_plugins.attention.sdpa:SdpaPlanner",
             implementation="modelrig_plugins.attention.sdpa_module:SdpaAttention",
-            offers={"fullgraph"},
+            offers={"fullgraph", "symbolic_lengths"},
             needs={"caches": {"layout:bhsd"}},
             rank=10,
             capabilities=AttentionCapabilities(
@@ -66,7 +66,7 @@ def modelrig_attention() -> list[AttentionBackend]:
             summary="the readable reference: every score is computed, softmax in float32",
             planner=NOTHING_TO_PLAN,
             implementation="modelrig_plugins.attention.eager:EagerAttention",
-            offers={"fullgraph"},
+            offers={"fullgraph", "symbolic_lengths"},
             needs={"caches": {"layout:bhsd"}},
             rank=90,
             capabilities=AttentionCapabilities(

@@ -22,7 +22,11 @@ def modelrig_compilers() -> list[Compiler]:
             summary="native code for short steps, kept on disk: of one block that all share, or of the whole step",
             planner="modelrig_plugins.compilers.inductor:InductorPlanner",
             implementation="modelrig_plugins.compilers.inductor_module:InductorCompiler",
-            needs={"caches": {"fixed_address", "fullgraph"}, "attention": {"fullgraph"}, "quantizers": {"fullgraph"}},
+            needs={
+                "caches": {"fixed_address", "fullgraph"},
+                "attention": {"fullgraph", "symbolic_lengths"},
+                "quantizers": {"fullgraph"},
+            },
             rank=50,
             capabilities=CompilerCapabilities(devices={"cpu", "cuda"}),
         ),

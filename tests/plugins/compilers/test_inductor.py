@@ -123,8 +123,11 @@ def test_steps_that_verify_drafts_too(folders: dict[str, Path]) -> None:
 def test_bfloat16_within_its_rounding(tmp_path: Path) -> None:
     write_llama(tmp_path, dtype="bfloat16")
     eager, compiled = both(tmp_path, context=120, cache="static")
-    expected, actual = assert_equal_steps(eager, compiled, 1, 30)
-    assert (expected - actual).abs().max() <= 0.03 * expected.abs().max()
+    rounded = assert_equal_steps(eager, compiled, 1, 30)
+    exact = modelrig.load(tmp_path, context=120, cache="static", dtype="float32")
+    expected, _ = assert_equal_steps(exact, exact, 1, 30)
+    eagerly, actual = ((expected - one.float()).abs().max() for one in rounded)
+    assert actual <= 1.5 * eagerly
 
 
 def test_the_whole_step_as_one_graph(folders: dict[str, Path]) -> None:
@@ -149,8 +152,8 @@ def test_prompts_of_any_length_and_further_calls_compile_nothing(
         model.generate(tokens(1, length)[0].tolist(), max_new_tokens=20, ignore_eos=True)
         model(tokens(1, length))
     session = model.session()
-    for ids in ([5, 6, 7], [8]):
-        session.generate([ids], max_new_tokens=4)
+    for turn in ([5, 6, 7], [8]):
+        session.generate(turn, max_new_tokens=4)
     assert first == model.step.compiled + model.step.loaded == len(caplog.records)
     assert "1 x 1 tokens" in caplog.text
 
@@ -181,7 +184,7 @@ import json, sys, time
 import modelrig
 model = modelrig.load(sys.argv[1], compiler="inductor", attention="sdpa", cache="static", context=120)
 made = model.generate([1, 2, 3], max_new_tokens=8, ignore_eos=True)
-heavy = [name for name in ("torch._dynamo", "torch._inductor", "torch.export") if name in sys.modules]
+heavy = [name for name in ("torch._dynamo", "torch._inductor") if name in sys.modules]
 print(json.dumps([model.step.compiled, model.step.loaded, heavy, made.tokens]))
 """
 
@@ -243,6 +246,7 @@ def test_a_plan_takes_a_cache_whose_buffers_stay_where_they_are(llama_folder: Pa
     plan = modelrig.plan(llama_folder, **COMPILED)
     assert ("static", InductorOptions("block")) == (plan.choices["caches"].name, plan.choices["compilers"].options)
     assert "compiler.link.cache" in refusals(llama_folder, cache="dynamic")
+    assert "compiler.link.attention" in refusals(llama_folder, attention="flex")
 
 
 def test_without_a_compiler_the_plan_says_so(llama_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
