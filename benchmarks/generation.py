@@ -106,7 +106,8 @@ import sys, json, mmap
 import numpy as np, gguf
 folder, target = sys.argv[1], sys.argv[2]
 config = json.load(open(folder + "/config.json"))
-data = mmap.mmap(open(folder + "/model.safetensors", "rb").fileno(), 0, access=mmap.ACCESS_READ)
+file = open(folder + "/model.safetensors", "rb")
+data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 size = int.from_bytes(data[:8], "little")
 header = json.loads(data[8 : 8 + size])
 header.pop("__metadata__", None)
@@ -131,7 +132,7 @@ NAMES = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.
          "post_attention_layernorm": "ffn_norm"}
 def name_of(name):
     parts = name.removesuffix(".weight").split(".")
-    if parts[1] == "layers":
+    if parts[1:2] == ["layers"]:
         return "blk.%s.%s.weight" % (parts[2], NAMES[".".join(parts[3:])])
     return {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}[".".join(parts)] + ".weight"
 for name, entry in header.items():
