@@ -136,6 +136,34 @@ def test_an_interruption_within_a_step_leaves_the_session_usable(
     assert fresh(model, [*FIRST, *before, *SECOND, *begun, *THIRD], 5) == list(following.tokens)
 
 
+def test_a_cache_of_yours_serves_one_call_at_a_time(model: modelrig.Model) -> None:
+    cache = model.new_cache(1, 60)
+    stream = model.stream(FIRST, cache=cache, max_new_tokens=9)
+    next(stream)
+    model.generate(SECOND, cache=cache, max_new_tokens=3)
+    with pytest.raises(CacheError, match="something else"):
+        next(stream)
+    cache.reset()
+    assert fresh(model, FIRST, 5) == list(model.generate(FIRST, cache=cache, max_new_tokens=5).tokens)
+
+
+def test_a_call_on_a_cache_that_was_emptied_forgets_the_padding_of_its_rows(model: modelrig.Model) -> None:
+    cache = model.new_cache(2, 60)
+    model.generate([FIRST[:2], FIRST], cache=cache, max_new_tokens=3)
+    cache.rewind(0)
+    rows = model.generate([FIRST, FIRST[::-1]], cache=cache, max_new_tokens=5)
+    assert [fresh(model, FIRST, 5), fresh(model, FIRST[::-1], 5)] == [list(row.tokens) for row in rows]
+
+
+def test_a_cache_that_was_padded_within_an_inference_block_serves_outside_of_it(model: modelrig.Model) -> None:
+    cache = model.new_cache(2, 60)
+    with torch.inference_mode():
+        model.generate([FIRST[:2], FIRST], cache=cache, max_new_tokens=3)
+    cache.reorder([1, 0])
+    model(torch.tensor([THIRD, THIRD]), cache=cache)
+    assert [0, 2] == cache.export()["padding"].tolist()
+
+
 def test_a_new_turn_ends_the_stream_before_it(model: modelrig.Model) -> None:
     session = model.session()
     stream = session.stream(FIRST, max_new_tokens=9)

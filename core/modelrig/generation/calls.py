@@ -114,8 +114,8 @@ class Caller:
         extra = min(-longest % multiple, cache.capacity - (cache.length + longest + limit))
         run = self._run(cache, rows, rows, call, limit, extra=extra, ranks=[copy for _ in prompts for copy in range(copies)])
         run.keeps_answer = True
-        if any(padding := [longest + extra - len(row) for row in rows]):
-            cache.reset(padding)
+        if not follows:  # whatever padding it had belongs to rows that it has forgotten
+            cache.reset([longest + extra - len(row) for row in rows])
         return run
 
     def _run(

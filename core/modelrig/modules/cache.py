@@ -260,7 +260,8 @@ class ContiguousCache:
                     "CA-ARGS", f"needs {self.batch} counts from 0 to {self.capacity - 1}, not {rows[:8]}", locus="padding"
                 )
             if any(rows):
-                starts = torch.tensor(rows, device=self.device)
+                with torch.inference_mode(False):  # it must serve outside of an inference block too
+                    starts = torch.tensor(rows, device=self.device)
         self.padding, self.starts = rows, starts
         self._slots.clear()
 
