@@ -164,6 +164,12 @@ def test_a_cache_that_was_padded_within_an_inference_block_serves_outside_of_it(
     assert [0, 2] == cache.export()["padding"].tolist()
 
 
+def test_what_another_thread_compiles_changes_nothing(model: modelrig.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = fresh(model, FIRST, 5)
+    monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)  # torch's own is one for all threads
+    assert expected == fresh(model, FIRST, 5)
+
+
 def test_a_new_turn_ends_the_stream_before_it(model: modelrig.Model) -> None:
     session = model.session()
     stream = session.stream(FIRST, max_new_tokens=9)
