@@ -188,6 +188,9 @@ def test_a_file_that_says_something_else_is_refused(
         {"metadata": {"messages": "[" * 100_000}},
         {"metadata": {"messages": "[3]"}},
         {"cache_padding": torch.zeros(2, dtype=torch.int64)},
+        {"cache_length": torch.tensor([float("nan")])},
+        {"cache_length": torch.tensor([float("inf")])},
+        {"cache_length": torch.tensor([1 + 2j])},
     ],
 )
 def test_a_session_that_makes_no_sense_is_refused(model: modelrig.Model, tmp_path: Path, changes: dict[str, Any]) -> None:

@@ -140,6 +140,11 @@ def test_without_a_seed_every_call_differs():
     assert 4 == len(drawn)
 
 
+def test_a_least_length_where_every_token_stops_is_refused():
+    with pytest.raises(GenerateError, match="GN-ARGS"):
+        sampler(vocab=3, stop_ids=(0, 1, 2), min_new_tokens=1)
+
+
 def test_seeds_must_match_the_prompts():
     with pytest.raises(GenerateError, match="seed has 2 values"):
         sampler(3, temperature=1, seed=[1, 2])

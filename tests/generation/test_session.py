@@ -136,6 +136,47 @@ def test_an_interruption_within_a_step_leaves_the_session_usable(
     assert fresh(model, [*FIRST, *before, *SECOND, *begun, *THIRD], 5) == list(following.tokens)
 
 
+def test_a_cache_of_yours_serves_one_call_at_a_time(model: modelrig.Model) -> None:
+    cache = model.new_cache(1, 60)
+    stream = model.stream(FIRST, cache=cache, max_new_tokens=9)
+    next(stream)
+    model.generate(SECOND, cache=cache, max_new_tokens=3)
+    with pytest.raises(CacheError, match="something else"):
+        next(stream)
+    cache.reset()
+    assert fresh(model, FIRST, 5) == list(model.generate(FIRST, cache=cache, max_new_tokens=5).tokens)
+
+
+@pytest.mark.parametrize("at", ["new_cache", "reset"])
+def test_rows_that_you_padded_stay_padded_until_a_reset(model: modelrig.Model, at: str) -> None:
+    """A tensor cannot have rows of different lengths, so its padding is said to the cache."""
+    prompts = [[3, 4, 5, 6], [7, 8]]
+    expected = [one.tokens for one in model.generate(prompts, max_new_tokens=5)]
+    rows = [[3, 4, 5, 6], [0, 0, 7, 8]]
+    cache = model.new_cache(batch=2, max_len=40, padding=[0, 2] if at == "new_cache" else None)
+    if at == "reset":
+        cache.reset([0, 2])
+    assert expected == [one.tokens for one in model.generate(rows, cache=cache, max_new_tokens=5)]
+    cache.reset()
+    plain = [one.tokens for one in model.generate(rows, max_new_tokens=5)]
+    assert plain == [one.tokens for one in model.generate(rows, cache=cache, max_new_tokens=5)]
+
+
+def test_a_cache_that_was_padded_within_an_inference_block_serves_outside_of_it(model: modelrig.Model) -> None:
+    cache = model.new_cache(2, 60)
+    with torch.inference_mode():
+        model.generate([FIRST[:2], FIRST], cache=cache, max_new_tokens=3)
+    cache.reorder([1, 0])
+    model(torch.tensor([THIRD, THIRD]), cache=cache)
+    assert [0, 2] == cache.export()["padding"].tolist()
+
+
+def test_what_another_thread_compiles_changes_nothing(model: modelrig.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = fresh(model, FIRST, 5)
+    monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)  # torch's own is one for all threads
+    assert expected == fresh(model, FIRST, 5)
+
+
 def test_a_new_turn_ends_the_stream_before_it(model: modelrig.Model) -> None:
     session = model.session()
     stream = session.stream(FIRST, max_new_tokens=9)

@@ -417,6 +417,26 @@ def test_phi3_says_so_where_the_tokens_of_a_cache_are_not_known(tmp_path: Path) 
     assert 55 == cache.length
 
 
+def test_phi3_computes_all_keys_anew_within_a_turn_of_a_session(tmp_path: Path) -> None:
+    write_decoder(tmp_path, "Phi3", original_max_position_embeddings=40, rope_parameters=LONG)
+    model = modelrig.load(tmp_path)
+    session, said = model.session(), []
+    for count in (15, 9):
+        said += tokens(1, count, seed=count)[0].tolist()
+        answer = session.generate(said[-count:], max_new_tokens=14).tokens  # the second one begins at 38 tokens
+        assert answer == model.generate(said, max_new_tokens=14).tokens
+        said += answer
+
+
+def test_phi3_knows_how_long_each_row_of_a_padded_cache_is(tmp_path: Path) -> None:
+    write_decoder(tmp_path, "Phi3", original_max_position_embeddings=40, rope_parameters=LONG)
+    model = modelrig.load(tmp_path)
+    cache = model.new_cache(2, max_len=100)
+    model.generate([[1, 2, 3], tokens(1, 45)[0].tolist()], cache=cache, max_new_tokens=2)  # one is beyond, one is not
+    with pytest.raises(CacheError, match="computed anew"):
+        model.generate([[7], [8]], cache=cache, max_new_tokens=50)
+
+
 def test_longrope_beyond_its_length_is_the_references_forward_by_forward(tmp_path: Path) -> None:
     settings = {**LONG, "original_max_position_embeddings": 30}
     reference = write_llama(tmp_path, rope_parameters=settings)

@@ -111,7 +111,7 @@ def load_session(plan: RigPlan, path: str | os.PathLike[str], session: Session) 
     is_right = ids is not None and ids.dtype == torch.int64 and ids.dim() == 1
     if ids is None or not is_right or (len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < size):
         raise CacheError("CA-FILE", f"a session's ids of a vocabulary of {size:,} are needed", path=source, locus=TOKENS)
-    if length is not None and length.numel() == 1 and int(length) > len(ids):
+    if length is not None and length.dtype == torch.int64 and length.numel() == 1 and int(length) > len(ids):
         text = f"{len(ids)} ids, but {int(length)} tokens in the cache"
         raise CacheError("CA-FILE", text, path=source, locus=TOKENS)
     _adopt(session.cache, tensors, source)

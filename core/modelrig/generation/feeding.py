@@ -69,7 +69,8 @@ class Feeder:
     ) -> None:
         self.engine, self.cache, self._prompts, self._histories = engine, cache, prompts, histories
         self.num_fed = 0
-        self._held = cache.length  # tokens in the cache before this call
+        self._held = self._length = cache.length  # tokens in the cache before this call, and now
+        self._pads: Sequence[int] = getattr(cache, "padding", (0,))  # of what is held, which a cache of others may not tell
         self._longest, self._extra = max(map(len, prompts)) + extra, extra
         self._again = 0  # tokens before those of this step that are fed again and have to be committed again
         self._fed: list[Tensor] = []  # ids [batch, n] that were put there, if that may have to be done again
@@ -91,6 +92,9 @@ class Feeder:
     def feed(self, ids: Tensor, *, last_only: bool = False) -> Tensor:
         """The logits [batch, n, vocab] of `ids` [batch, n], or [batch, 1, vocab] of the last; `commit` is to follow."""
         self._again = 0
+        if self.cache.length != self._length:
+            text = f"it holds {self.cache.length} tokens where this call left {self._length}: it was used for something else"
+            raise CacheError("CA-STATE", text, hint="a cache serves one call at a time")
         if self.engine.restarts_at is not None:
             self._fed.append(ids)
             if self._crosses(self.cache.length, ids.shape[1]):
@@ -100,6 +104,7 @@ class Feeder:
     def commit(self, count: int) -> None:
         """Keep the first `count` tokens that were fed."""
         self.cache.commit(self._again + count)
+        self._length = self.cache.length
         self.num_fed += count
         if self._fed:
             self._fed[-1] = self._fed[-1][:, :count]
@@ -135,6 +140,7 @@ class Feeder:
         if missing <= 0:
             if len(rows) == 1 and missing < 0:
                 self.cache.rewind(self.cache.length + missing)
+                self._length = self.cache.length
                 self.num_fed += missing
             return
         tail = [(list(row) + [row[-1]] * (self.num_fed + missing - len(row)))[self.num_fed :] for row in rows]
@@ -147,7 +153,7 @@ class Feeder:
     @property
     def _padding(self) -> set[int]:
         """Pad tokens that rows have on their left."""
-        return {0 if self._held else self._longest - len(prompt) for prompt in self._prompts}
+        return set(self._pads) if self._held else {self._longest - len(prompt) for prompt in self._prompts}
 
     def _feed_anew(self, count: int, *, last_only: bool) -> Tensor:
         """`feed` of the last `count` tokens, with all tokens before them computed again."""

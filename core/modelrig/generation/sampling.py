@@ -62,6 +62,8 @@ class Sampler:
         self._bias = self._bias_row()
         self._stop_ids = torch.tensor(sorted({i for i in stop_ids if 0 <= i < vocab_size}), dtype=torch.long, device=self._device)
         self._suppresses = options.min_new_tokens > 0 and len(self._stop_ids) > 0
+        if self._suppresses and len(self._stop_ids) == vocab_size:
+            raise GenerateError("GN-ARGS", "every token is one to stop at, so none may come first", locus="min_new_tokens")
         self._seen: Tensor | None = None  # bool [batch, vocab]: in prompt or text
         self._counts: Tensor | None = None  # float32 [batch, vocab]: how often in the text
         self._observed = [0] * batch  # new tokens of each row

@@ -89,7 +89,7 @@ class Session:
         if messages is None:
             ids = self.tokens + ids
         run = self._start(self.cache, ids, self._keep(ids), made)
-        self.tokens, self._run = ids, run
+        self.tokens, self._run = list(ids), run  # a list of its own: the run looks at its ids when it has to begin anew
         return run
 
     def _keep(self, ids: list[int]) -> int:

@@ -15,6 +15,7 @@ from torch import Tensor
 from modelrig.components import AttentionSpec
 from modelrig.errors import CacheError
 from modelrig.modules.cache_state import CacheState
+from modelrig.modules.compiling import is_compiling
 from modelrig.modules.slots import Slots
 
 
@@ -34,7 +35,7 @@ class ContiguousLayer:
     def update(self, k: Tensor, v: Tensor, slots: Slots) -> tuple[Tensor, Tensor]:
         self.keys.index_copy_(2, slots.index, k)
         self.values.index_copy_(2, slots.index, v)
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return self.keys, self.values
         return self.keys[:, :, : slots.end], self.values[:, :, : slots.end]
 
@@ -259,7 +260,8 @@ class ContiguousCache:
                 raise CacheError(
                     "CA-ARGS", f"needs {self.batch} counts from 0 to {self.capacity - 1}, not {rows[:8]}", locus="padding"
                 )
-            starts = torch.tensor(rows, device=self.device)
+            with torch.inference_mode(False):  # it must serve outside of an inference block too
+                starts = torch.tensor(rows, device=self.device)
         self.padding, self.starts = rows, starts
         self._slots.clear()
 

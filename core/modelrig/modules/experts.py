@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modelrig.components import LinearMaker
+from modelrig.modules.compiling import is_compiling
 from modelrig.modules.network import BuildContext
 
 Kernel = Callable[[Tensor], Tensor]
@@ -52,7 +53,7 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, which: Tensor, share: Tensor) -> Tensor:
         """x [n, hidden] or [hidden]; `which` and `share` [n, chosen] or [chosen], float32 → like x."""
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return self._traced(x.view(-1, x.shape[-1]), which.view(-1, which.shape[-1]), share).view(x.shape)
         if which.numel() == which.shape[-1]:
             return self._one(x, which.flatten().tolist(), share.flatten())

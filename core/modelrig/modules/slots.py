@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from modelrig.modules.compiling import is_compiling
+
 if TYPE_CHECKING:
     from modelrig.components import AttentionSpec, LayerCache
 
@@ -80,7 +82,7 @@ class Slots:
         return self.past + self.index.shape[0]
 
     def visible(self, spec: AttentionSpec) -> Visibility:
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return Visibility(self.index, self.key_index, self.starts, spec.window, spec.causal, None)
         return Visibility(self.index, self.key_index[: self.end], self.starts, spec.window, spec.causal, self.past)
 

@@ -23,6 +23,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from modelrig.components import AttentionSpec
 from modelrig.errors import PluginError
+from modelrig.modules.compiling import is_compiling
 from modelrig.modules.slots import Visibility
 from modelrig.registry.ledger import cause
 
@@ -66,7 +67,7 @@ class FlexAttention:
             since, until = (one if one.dim() == 2 else one[None] for one in (since, until))
             rows = max(since.shape[0], until.shape[0])
             seen = since.expand(rows, -1), until.expand(rows, -1)
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return Lowered(index[0], keys, starts, seen, constants(spec, device))
         numbers = self._numbers.get((spec, device))
         if numbers is None:
@@ -82,7 +83,7 @@ class FlexAttention:
         )
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Lowered, spec: AttentionSpec) -> Tensor:
-        if torch.compiler.is_compiling():
+        if is_compiling():
             y = attention(q, k, v, mask)  # [b, h, t, d]
         else:
             try:

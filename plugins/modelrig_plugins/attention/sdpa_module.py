@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from modelrig.components import AttentionSpec
 from modelrig.errors import PluginError
+from modelrig.modules.compiling import is_compiling
 from modelrig.modules.slots import Visibility
 from modelrig_plugins.attention.sdpa import KERNELS_OF, SdpaOptions
 from modelrig_plugins.attention.widths import equal_widths
@@ -72,7 +73,7 @@ class SdpaAttention:
         mask = None if is_plain and (past == 0 or not is_causal) else visible.dense()
         is_causal = is_causal and mask is None
         form, on_cpu = (spec, mask is None, is_causal), visible.query_index.device.type == "cpu"
-        if not torch.compiler.is_compiling() and not (on_cpu and form in self._ways):
+        if not is_compiling() and not (on_cpu and form in self._ways):
             self._open.add(form)
             self._by_form = self._by_form or not on_cpu
         # What is expected, and what a graph is made of: torch chooses while it traces, what is not permitted is not offered to it.
@@ -83,7 +84,7 @@ class SdpaAttention:
         if spec.value_dim != spec.head_dim:
             q, k, v = equal_widths(q, k, v)
         way = mask.way
-        if (self._open or self._by_form) and not torch.compiler.is_compiling():
+        if (self._open or self._by_form) and not is_compiling():
             way = self._find(q, k, v, mask, spec)
         if way.is_restricted or way.repeats:
             y = self._call(q, k, v, mask, spec, way)

@@ -18,6 +18,7 @@ from modelrig.components import AttentionSpec
 from modelrig.errors import CacheError
 from modelrig.modules.cache import ContiguousCache, ContiguousLayer
 from modelrig.modules.cache_state import CacheState
+from modelrig.modules.compiling import is_compiling
 from modelrig.modules.slots import Slots, Visibility
 from modelrig_plugins.caches.sliding import room
 
@@ -108,7 +109,7 @@ class RingLayer(ContiguousLayer):
             return torch.cat((self.keys, k), dim=2), torch.cat((self.values, v), dim=2)
         self.keys.index_copy_(2, step.where, k)
         self.values.index_copy_(2, step.where, v)
-        if torch.compiler.is_compiling() or not step.is_contiguous:
+        if is_compiling() or not step.is_contiguous:
             return self.keys, self.values
         return self.keys[:, :, : slots.end], self.values[:, :, : slots.end]
 
@@ -170,7 +171,7 @@ class SlidingSlots(Slots):
 
     def visible(self, spec: AttentionSpec) -> Visibility:
         step = None if spec.window is None else self.rings[spec.window]
-        if step is None or (step.is_contiguous and not torch.compiler.is_compiling()):
+        if step is None or (step.is_contiguous and not is_compiling()):
             return super().visible(spec)
         return Visibility(self.index, step.key_index, self.starts, spec.window, spec.causal, None)
 

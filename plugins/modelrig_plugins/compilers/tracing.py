@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from modelrig.modules.compiling import exporting
+
 #: what differs from inductor's defaults: debugging tables and a precompiled header cost more than they save in a library as small
 #: as this; which vector instructions there are is known from torch, and need not be found out by compiling
 SETTINGS = {
@@ -53,7 +55,8 @@ def compile_library(
     shapes = tuple(dict.fromkeys(dims, Dim.DYNAMIC) or None for dims in dynamic)
     with _one_at_a_time, torch.inference_mode(False), torch.no_grad(), _cache_in(workplace):
         inputs = tuple(one.clone() if one.is_inference() else one.detach() for one in examples)
-        exported = export(_Root(function), inputs, dynamic_shapes=(shapes,), strict=False)
+        with exporting():
+            exported = export(_Root(function), inputs, dynamic_shapes=(shapes,), strict=False)
         module: Any = exported.module(check_guards=False)
         used = _drop_unused(module, len(inputs))
         target = str(workplace / "step.wrapper.so")

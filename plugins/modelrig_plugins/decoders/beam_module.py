@@ -17,7 +17,7 @@ from modelrig.components import DecoderCall
 from modelrig.errors import GenerateError
 from modelrig_plugins.decoders.beam import BeamOptions, BeamPlanner
 
-DEAD = -1e9  # the score of a beam that nothing follows
+DEAD = -1e30  # the score of a beam that nothing follows: below all that a text with the largest bias at every token may have
 ALIVE = DEAD / 2  # and what all others are above
 
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from modelrig.loading.transport import drop_pages
+from modelrig.modules.compiling import is_compiling
 from modelrig.modules.linear import named
 from modelrig.planning.environment import read_environment
 from modelrig.planning.measured import Measured
@@ -116,7 +117,7 @@ def by_rows(weight: Tensor, bias: Tensor | None, kernels: Mapping[str, Kernel], 
     one, last, is_mv = of_class[0], len(names) - 1, names[0] == "mv"
 
     def matrix(x: Tensor) -> Tensor:  # x: [rows, in]
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return F.linear(x, weight, bias)
         return of_class[min(x.shape[0].bit_length() - 1, last)](x)
 

@@ -127,6 +127,15 @@ def test_your_own_cache_holds_the_best_text(folder: Path, reference: Any) -> Non
         ]
 
 
+@pytest.mark.parametrize("bias", [-1e9, 1e9])
+def test_the_largest_bias_neither_ends_a_beam_nor_wakes_a_dead_one(tmp_path: Path, bias: float) -> None:
+    """What all tokens get alike changes nothing but how float32 rounds."""
+    write_llama(tmp_path, vocab_size=5)
+    with modelrig.load(tmp_path, dtype="float32", decoder={"name": "beam", "num_beams": 4}) as model:
+        rows = model.generate([0], max_new_tokens=3, num_return_sequences=4, logit_bias=dict.fromkeys(range(5), bias))
+    assert 4 == len({row.tokens for row in rows}) and all(3 == len(row.tokens) for row in rows)
+
+
 def test_a_stream_has_all_at_its_end(folder: Path, reference: Any) -> None:
     with modelrig.load(folder, decoder="beam", dtype="float32") as model:
         pieces = list(model.stream([3, 4, 5], max_new_tokens=9))
