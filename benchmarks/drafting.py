@@ -2,10 +2,10 @@
 
     python -m benchmarks.drafting [--shape 1.1B] [--repeats 5] [--tokens 192]
 
-The weights are random, so the text is prescribed: a constraint allows one token at each place, those of a text of our choice. Every
-step costs what it costs, and drafts are right where the text repeats itself. Texts: `copy` is the prompt's second half again;
+The weights are random, so the text is prescribed: of the logits that a step gave, the largest is put where a text of our choice has
+it. Every step costs what it costs, and drafts are right where the text repeats itself. Texts: `copy` is a part of the prompt again;
 `edit` the prompt with every twelfth token another; `code` is a file of Python's library after the beginning of the same file;
-`random` has random tokens, which nothing foretells. Plain decoding has the same constraint.
+`random` has random tokens, which nothing foretells. Plain decoding has the same prescription.
 """
 
 from __future__ import annotations
@@ -29,16 +29,15 @@ prompt, text = {
     "code": (code[:256], code[256 : 256 + tokens]),
     "random": (noise[:256], noise[256 : 256 + tokens]),
 }[kind]
-class Prescribed:
-    is_over = False
-    def __init__(self): self.place = 0
-    def fill(self, bits):
-        token = text[min(self.place, len(text) - 1)]
-        bit = token % 32
-        bits[token // 32] = (1 << bit) - (1 << 32 if bit == 31 else 0)
-    def accept(self, token): self.place += 1
-    def rollback(self, count): self.place -= count
-def run(): return model.generate(prompt, max_new_tokens=tokens, constraint=Prescribed, ignore_eos=True)
+whole, step = prompt + text, model.step
+def prescribed(ids, slots, last_only=False):
+    logits = step(ids, slots, last_only)
+    following = [whole[min(place + 1, len(whole) - 1)] for place in slots.index.tolist()][-logits.shape[1] :]
+    for place, token in enumerate(following):
+        logits[:, place, token] = 1e4
+    return logits
+model._step = prescribed
+def run(): return model.generate(prompt, max_new_tokens=tokens, ignore_eos=True)
 run()
 found = [run() for _ in range(2)]
 assert list(found[0].tokens) == text[:tokens]

@@ -681,7 +681,8 @@ class Cache(Protocol):
         ...
 
     def rewind(self, to: int) -> None:
-        """Forget everything after the first `to` tokens; padding stays, also with 0. Raises `CacheError` (CA-REWIND) when that is beyond what is kept."""
+        """Forget everything after the first `to` tokens; padding stays, also with 0. Raises `CacheError` (CA-REWIND) when that is
+        beyond what is kept."""
         ...
 
     def reset(self, padding: Sequence[int] | None = None) -> None:
