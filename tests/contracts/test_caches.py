@@ -170,6 +170,11 @@ def test_impossible_sizes_are_refused(name: str, batch: Any, capacity: Any) -> N
         make(name, batch=batch, capacity=capacity)
 
 
+def test_more_tokens_than_can_be_numbered_are_a_typed_error() -> None:
+    with pytest.raises(CacheError, match="CA-ARGS"):
+        make("offloaded", batch=1, capacity=10**15)
+
+
 def test_the_static_caches_buffers_never_move() -> None:
     cache = make("static", batch=1, capacity=700)
     address = cache.layers[0].keys.data_ptr()

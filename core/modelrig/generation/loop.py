@@ -85,7 +85,13 @@ class Run:
         self._copies: int = returns if copies_of is None else copies_of(decoder_options)
         num_rows, num_texts = len(prompts) * self._copies, max(1, len(prompts) * returns // options.num_return_sequences)
         self.sampler = Sampler(
-            options, num_rows, engine.vocab_size, engine.device, sorted(self._stop_ids), copies=max(1, num_rows // num_texts)
+            options,
+            num_rows,
+            engine.vocab_size,
+            engine.device,
+            sorted(self._stop_ids),
+            copies=max(1, num_rows // num_texts),
+            beams=None if copies_of is None else self._copies,
         )
         self.sampler.start([history for history in histories for _ in range(self._copies)])
         longest = max(map(len, histories)) + extra

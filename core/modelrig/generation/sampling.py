@@ -37,6 +37,7 @@ class Sampler:
         device: where the logits are.
         stop_ids: ids that end a row; they cannot be chosen before `min_new_tokens`.
         copies: rows of each prompt; `num_return_sequences` by default.
+        beams: after so many rows seeds begin again: these are searched together, and others search the same.
 
     Raises:
         GenerateError: GN-ARGS for ids beyond the vocabulary, or seeds that do not match the batch.
@@ -50,9 +51,11 @@ class Sampler:
         device: torch.device | str = "cpu",
         stop_ids: Sequence[int] = (),
         copies: int | None = None,
+        beams: int | None = None,
     ) -> None:
         options.check_ids(vocab_size)
         self._copies = options.num_return_sequences if copies is None else copies
+        self._beams = self._copies if beams is None else beams
         self._options, self._batch, self._vocab_size = options, batch, vocab_size
         self._device = torch.device(device)
         self._generators = [] if options.is_greedy else self._seeded()
@@ -300,5 +303,5 @@ class Sampler:
             if seeds is None:
                 generator.seed()
             else:
-                generator.manual_seed((seeds if isinstance(seeds, int) else seeds[prompt]) + copy)
+                generator.manual_seed((seeds if isinstance(seeds, int) else seeds[prompt]) + copy % self._beams)
         return generators

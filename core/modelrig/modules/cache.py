@@ -113,7 +113,10 @@ class ContiguousCache:
         self.batch, self.capacity, self.device = batch, capacity, device
         self._length = self._touched = 0  # tokens committed, and an end of those that slots may hold
         self._reserved: int | None = None
-        self._index = torch.arange(capacity, device=device)
+        try:
+            self._index = torch.arange(capacity, device=device)
+        except RuntimeError as error:
+            raise CacheError("CA-ARGS", f"there is no memory to number {capacity} tokens", locus="max_len") from error
         self._slots: dict[int, Slots] = {}
         self.padding: list[int] = []  # of each row
         self.starts: Tensor | None = None  # the same as a tensor, int64 [batch]; None when no row can be padded

@@ -180,3 +180,12 @@ def test_the_plan_counts_every_beam(folder: Path, reference: Any) -> None:
         return modelrig.plan(folder, **request).ledger.bytes_of("key/value cache", "cpu", "run")
 
     assert 6 * cache_bytes() == cache_bytes(decoder={"name": "beam", "num_beams": 5})
+
+
+def test_drawn_beams_are_the_same_in_a_cache_of_yours(folder: Path, reference: Any) -> None:
+    with modelrig.load(folder, decoder="beam", dtype="float32") as model:
+        how: dict[str, Any] = {"max_new_tokens": 8, "num_return_sequences": 2, "temperature": 1.2, "seed": 3}
+        cache = model.new_cache(batch=2, max_len=40)
+        assert [one.tokens for one in model.generate([3, 4, 5], **how)] == [
+            one.tokens for one in model.generate([3, 4, 5], cache=cache, **how)
+        ]
