@@ -32,6 +32,14 @@ CACHES = [one.name for one in current().components("caches") if one.is_ours]
 DECODERS = ("auto", "beam", "prompt_lookup", "draft_model")
 PROMPTS = [[*ids[:5], *ids[:5], *ids] for ids in (tokens(1, count, seed=count)[0].tolist() for count in (7, 12))]
 NEW_TOKENS = 24
+#: what compiles each form of step: in every run with these only, with the others by `make test-long`
+COMPILED, SHORT = "flex", {("dynamic", "hybrid"), ("sliding", "hybrid"), ("quantized", "full")}
+CELLS = [
+    pytest.param(attention, cache, kind, marks=[pytest.mark.long] if attention == COMPILED and (cache, kind) not in SHORT else [])
+    for attention in ATTENTION
+    for cache in CACHES
+    for kind in KINDS
+]
 FORM = Form(bits=4, group=4, residual=6)  # of what is lossy, so that much of these texts is packed
 
 
@@ -100,9 +108,7 @@ def references(folders: dict[str, Path]) -> Iterator[Any]:
     yield find
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("cache", CACHES)
-@pytest.mark.parametrize("attention", ATTENTION)
+@pytest.mark.parametrize(("attention", "cache", "kind"), CELLS)
 def test_the_same_tokens_whatever_the_parts(
     folders: dict[str, Path], references: Any, attention: str, cache: str, kind: str
 ) -> None:
@@ -111,9 +117,7 @@ def test_the_same_tokens_whatever_the_parts(
             assert references(kind, cache, decoder) == generated(model), decoder
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("cache", [name for name in CACHES if not is_lossy(name)])
-@pytest.mark.parametrize("attention", ATTENTION)
+@pytest.mark.parametrize(("attention", "cache", "kind"), [cell for cell in CELLS if not is_lossy(str(cell.values[1]))])
 def test_the_same_logits_whatever_the_parts(folders: dict[str, Path], attention: str, cache: str, kind: str) -> None:
     """Prompt in two parts, then token by token, against one forward without a cache."""
     ids = tokens(2, 40, seed=5)

@@ -39,6 +39,8 @@ FAMILIES: dict[str, tuple[dict[str, Any], str, str]] = {
     "Gemma2": ({"sliding_window": 7, "head_dim": 10}, "eager", "static"),
     "Phi3": ({}, "sdpa", "sliding"),
 }
+#: the others are compiled by `make test-long`
+SHORT = ("Llama", "Gemma3Text", "Mixtral")
 KINDS = {"Gemma3Text": 2, "Gemma2": 2}  # of blocks, where there are several
 COMPILED = {"compiler": "inductor"}
 
@@ -94,7 +96,9 @@ def assert_equal_steps(
 # ------------------------------------------------------------------------------------------------ numbers
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [pytest.param(family, marks=[] if family in SHORT else [pytest.mark.long]) for family in FAMILIES]
+)
 def test_every_family_computes_what_it_computes_eagerly(folders: dict[str, Path], family: str) -> None:
     _, attention, cache = FAMILIES[family]
     eager, compiled = both(folders[family], attention=attention, cache=cache, context=120)
@@ -169,6 +173,17 @@ def test_lengths_that_are_rounded_up_to_one_bucket_share_a_graph(folders: dict[s
         assert made in (None, (compiled.step.compiled, compiled.step.loaded))
         made = (compiled.step.compiled, compiled.step.loaded)
     assert made is not None and sum(made) == 1
+
+
+def test_a_text_that_outgrows_a_window_needs_no_graph_of_its_own(folders: dict[str, Path]) -> None:
+    """Prompts below, at and above the window of 7, each decoded far beyond it."""
+    eager, compiled = both(folders["Mistral"], cache="sliding")
+    made = None
+    for count in (3, 7, 20):
+        prompt = tokens(1, count, seed=count)[0].tolist()
+        assert eager.generate(prompt, max_new_tokens=90).tokens == compiled.generate(prompt, max_new_tokens=90).tokens
+        assert made in (None, compiled.step.compiled + compiled.step.loaded)
+        made = compiled.step.compiled + compiled.step.loaded
 
 
 def test_a_larger_cache_compiles_nothing(folders: dict[str, Path]) -> None:
