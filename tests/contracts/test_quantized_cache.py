@@ -191,3 +191,14 @@ def test_options_it_cannot_serve_are_reasons(options: dict[str, Any]) -> None:
     (reason,) = planner.check(need, planner.Options(**options))
     assert f"cache.{next(iter(options))}" == reason.code
     assert not list(planner.check(need, planner.Options()))
+
+
+def test_what_is_adopted_within_a_step_knows_nothing_of_it() -> None:
+    form = Form(bits=8, group=2, residual=1)
+    state, oracle = make(form, 0).export(), Oracle([0, 0])
+    cache = make(form, 0)
+    check_step(cache, Oracle([0, 0]), form, 4)  # longer than the ring, and never committed
+    cache.adopt(state)
+    for count in (1, 1, 1, 2, 5):
+        oracle.tokens = check_step(cache, oracle, form, count)
+        cache.commit(count)

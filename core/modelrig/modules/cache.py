@@ -238,6 +238,7 @@ class ContiguousCache:
             layer.check(checked, f"{number}.", length)
         self._check(checked, length, padding)
         checked.finish()
+        self.rewind(self._length)  # a step that was never committed is not to be
         self._reserve(length)
         self._set_padding(padding if any(padding) else None)
         self._length, self._touched, self._reserved = length, max(length, self._touched), None
