@@ -33,7 +33,7 @@ DECODERS = ("auto", "beam", "prompt_lookup", "draft_model")
 PROMPTS = [[*ids[:5], *ids[:5], *ids] for ids in (tokens(1, count, seed=count)[0].tolist() for count in (7, 12))]
 NEW_TOKENS = 24
 #: what compiles each form of step: in every run with these only, with the others by `make test-long`
-COMPILED, SHORT = "flex", {("dynamic", "hybrid"), ("sliding", "hybrid"), ("quantized", "full")}
+COMPILED, SHORT = "flex", {("sliding", "hybrid")}
 CELLS = [
     pytest.param(attention, cache, kind, marks=[pytest.mark.long] if attention == COMPILED and (cache, kind) not in SHORT else [])
     for attention in ATTENTION

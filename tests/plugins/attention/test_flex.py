@@ -63,6 +63,7 @@ def test_layers_with_and_without_windows_and_other_models_of_the_same_shape_shar
 
 
 @compiles
+@pytest.mark.long
 @pytest.mark.parametrize(("family", "cache"), [("Mistral", "dynamic"), ("Gemma2", "static"), ("Mistral", "sliding")])
 def test_models_generate_what_they_do_with_eager(tmp_path: Path, family: str, cache: str) -> None:
     heads = {"head_dim": 8} if family == "Gemma2" else {}
@@ -81,6 +82,7 @@ def test_models_generate_what_they_do_with_eager(tmp_path: Path, family: str, ca
 
 
 @compiles
+@pytest.mark.long
 def test_padded_encoders_give_what_they_do_with_eager(tmp_path: Path) -> None:
     write_bert(tmp_path, num_hidden_layers=1)
     ids, mask = torch.arange(2 * 7).view(2, 7), torch.tensor([[1] * 7, [0, 0, 0, 1, 1, 1, 1]])

@@ -40,7 +40,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], str, str]] = {
     "Phi3": ({}, "sdpa", "sliding"),
 }
 #: the others are compiled by `make test-long`
-SHORT = ("Llama", "Gemma3Text", "Mixtral")
+SHORT = ("Llama", "Mixtral")
 KINDS = {"Gemma3Text": 2, "Gemma2": 2}  # of blocks, where there are several
 COMPILED = {"compiler": "inductor"}
 
@@ -134,6 +134,7 @@ def test_bfloat16_within_its_rounding(tmp_path: Path) -> None:
     assert actual <= 1.5 * eagerly
 
 
+@pytest.mark.long
 def test_the_whole_step_as_one_graph(folders: dict[str, Path]) -> None:
     request = {"attention": "sdpa", "cache": "sliding", "context": 120, "compiler": {"name": "inductor", "scope": "step"}}
     eager, compiled = both(folders["Gemma3Text"], **request)
