@@ -13,6 +13,7 @@ import rigs
 from modelrig.components import Reason
 from modelrig.hookspecs import hookimpl
 from modelrig.planning import probes
+from modelrig.planning.kept import kept_folder
 from modelrig.planning.pipeline import make_plan
 from modelrig.planning.probes import Finding, Probe
 from modelrig.registry import temporary
@@ -60,7 +61,7 @@ def test_an_answer_is_kept_in_this_process_and_on_disk(child: Path, monkeypatch:
     assert [expected] * 2 == [probes.find(probe(child)).found for _ in range(2)]
     monkeypatch.setattr(probes, "_known", {})
     assert (expected, 1) == (probes.find(probe(child)).found, runs(child))
-    (kept,) = probes.folder().iterdir()
+    (kept,) = (kept_folder() / "probes").iterdir()
     assert {"key", "found"} == set(json.loads(kept.read_text()))
 
 
@@ -77,7 +78,7 @@ def test_the_answer_depends_on_arguments_versions_and_machine(child: Path) -> No
 )
 def test_a_damaged_file_is_asked_anew(child: Path, monkeypatch: pytest.MonkeyPatch, damage: bytes) -> None:
     probes.find(probe(child))
-    (kept,) = probes.folder().iterdir()
+    (kept,) = (kept_folder() / "probes").iterdir()
     kept.write_bytes(damage)
     monkeypatch.setattr(probes, "_known", {})
     assert 1 == (probes.find(probe(child)).found or {})["given"]
@@ -98,7 +99,7 @@ def test_a_crash_is_a_problem_and_is_not_kept(child: Path, given: dict[str, int]
     finding = probes.find(probe(child, **given))
     assert finding.found is None
     assert problem in (finding.problem or "")
-    assert not probes.folder().exists()
+    assert not (kept_folder() / "probes").exists()
 
 
 def test_a_child_that_hangs_is_ended(child: Path) -> None:

@@ -85,7 +85,7 @@ def command(
 
     Decoding reads every weight once for each token, so its bound is the measured bandwidth of memory over the bytes read.
 
-    With --tune the kernels of dense weights are measured, once for this machine; quantizer.kernel=tuned takes the fastest ones.
+    With --tune kernels are measured, once for this machine, for quantizers whose options ask for measured ones.
     """
     say = (lambda _: None) if quiet else (lambda text: click.echo(printable(text), err=True))
     if tune:

@@ -78,7 +78,7 @@ class Run:
         if options.stop and engine.tokenizer is None:
             raise no_text(engine.other_form, "find a text to stop at in its ids", locus="stop")
         self.engine, self.prompts, self._options = engine, prompts, options
-        self._limit, self._returns, self._ranks = limit, returns, ranks
+        self._limit, self._ranks = limit, ranks
         self._stop_ids = frozenset(engine.end_ids(options))
         self._feeder = Feeder(engine, cache, prompts, histories, extra)
         copies_of = getattr(decoder, "copies", None)

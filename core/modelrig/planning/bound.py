@@ -7,10 +7,9 @@ import math
 from attrs import frozen
 
 from modelrig.components import dtype_bytes
-from modelrig.planning.ledger import weigh_each
+from modelrig.planning.ledger import LOOKED_UP, weigh_each
 from modelrig.planning.plan import RigPlan
 
-LOOKED_UP = "embedding"  # of which a step reads a row for each token
 STACKED = "experts"
 
 

@@ -17,7 +17,7 @@ from modelrig.errors import ModelrigError, PlanError, PluginError, ResourceLimit
 from modelrig.planning.environment import Environment
 from modelrig.planning.generation_config import GenerationConfig
 from modelrig.planning.identify import Identified
-from modelrig.planning.ledger import Account, Ledger, Line, Weighed, add_up, weigh_each
+from modelrig.planning.ledger import LOOKED_UP, Account, Ledger, Line, Weighed, add_up, weigh_each
 from modelrig.planning.memory import broken_limit, human, require_fit
 from modelrig.planning.needs import Situation
 from modelrig.planning.negotiation import Negotiated, negotiate
@@ -68,7 +68,7 @@ class Desk:
     #: (reference, the situation of the model it works with) → plan
     plan_companion: Callable[[str, Situation], RigPlan]
     _weighed: dict[Any, list[Weighed]] = field(factory=dict, init=False, repr=False, eq=False)
-    _companions: dict[Any, RigPlan] = field(factory=dict, init=False, repr=False, eq=False)
+    _companions: dict[Any, Mapping[str, RigPlan]] = field(factory=dict, init=False, repr=False, eq=False)
 
     def weighed(self, at: Situation, negotiated: Negotiated) -> list[Weighed]:
         """Every parameter's bytes, counted once for each way to hold them."""
@@ -85,18 +85,17 @@ class Desk:
         named = None if decoder is None else getattr(decoder.registered.planner(), "companions", None)
         if decoder is None or named is None:
             return {}
-        made = {}
-        for role, reference in named(decoder.options).items():
-            key = (reference, at.device, at.context, at.batch)
-            if key not in self._companions:
-                self._companions[key] = self.plan_companion(reference, at)
-            made[role] = self._companions[key]
+        key = (decoder.id, repr(decoder.options), at.device, at.context, at.batch)
+        if key in self._companions:
+            return self._companions[key]
+        made = {role: self.plan_companion(reference, at) for role, reference in named(decoder.options).items()}
         planner: Any = decoder.registered.planner()
         reasons = list(planner.check_companions(self.checkpoint.facts, self.checkpoint.snapshot, made))
         if reasons:
             text = "; ".join(f"{one.text} [{one.code}]" for one in reasons)
             refused = {"decoders": {decoder.component: tuple(reasons)}}
             raise PlanError("PN-REFUSED", f"the decoder {decoder.component}: {text}", refused=refused, hint=reasons[0].hint)
+        self._companions[key] = made
         return made
 
     def negotiate(self, at: Situation) -> Negotiated:
@@ -114,7 +113,6 @@ def decide(situation: Situation, placement: Placement, desk: Desk) -> Decision:
     return _by_strategy(situation, placement.strategy, desk)
 
 
-LOOKED_UP = "embedding"  # the role of weights of which a step needs few rows
 Offers = Iterable[tuple[str, Account]]  # rigs that a hint may suggest, made when they are looked at
 
 

@@ -31,6 +31,7 @@ PIECE_BYTES = 4 << 20  # of plain tensors read and cast at a time: what all read
 GPU_CONTEXT_BYTES = 500_000_000  # what CUDA takes for itself in each process, roughly
 QUANTIZED_ROLES = ("linear",)
 MULTIPLIED_ROLES = ("linear", "head")
+LOOKED_UP = "embedding"  # the role of weights of which a step needs a row for each token
 
 WEIGHTS = "weights"
 MAPPED = "weights, mapped from their files"

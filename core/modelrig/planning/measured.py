@@ -14,7 +14,6 @@ import hashlib
 import json
 import math
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,10 +21,10 @@ from typing import Any
 from modelrig.checkpoint.strict_json import load_json
 from modelrig.errors import CheckpointError, ConfigError, SaveError, quoted
 from modelrig.planning.environment import Environment
+from modelrig.planning.kept import kept_folder, replace_text
 
 VERSION = 1
 MAX_BYTES = 8 << 20
-COMMAND = "modelrig bench --tune MODEL --set quantizer.kernel=auto"
 
 #: weight → rows → kernel → seconds
 Measured = Mapping[str, Mapping[int, Mapping[str, float]]]
@@ -37,12 +36,8 @@ class NotMeasuredError(Exception):
 
 def kernels_file(environ: Mapping[str, str] | None = None) -> Path:
     """Where measurements are kept. Raises `NotMeasuredError` where there is no home for them."""
-    environ = os.environ if environ is None else environ
-    cache = Path(environ.get("XDG_CACHE_HOME", ""))
-    if cache.is_absolute():  # the rule says to ignore relative ones
-        return cache / "modelrig" / "kernels.json"
     try:
-        return Path.home() / ".cache" / "modelrig" / "kernels.json"
+        return kept_folder(environ) / "kernels.json"
     except RuntimeError as error:
         raise NotMeasuredError(f"there is no folder for measurements: {error}") from error
 
@@ -80,7 +75,6 @@ def keep_measured(machine: str, component: str, measured: Measured, path: Path |
     """
     try:
         path = kernels_file() if path is None else path
-        path.parent.mkdir(parents=True, exist_ok=True)
         machines: dict[str, Any] = {}
         known: dict[str, Any] = {}
         with contextlib.suppress(NotMeasuredError):
@@ -90,24 +84,12 @@ def keep_measured(machine: str, component: str, measured: Measured, path: Path |
             known[weight] = {**known.get(weight, {}), **rows}
         sections = machines.get(machine)
         machines[machine] = {**(sections if isinstance(sections, dict) else {}), component: known}
-        _replace(path, json.dumps({"version": VERSION, "machines": machines}, indent=1))
+        replace_text(path, json.dumps({"version": VERSION, "machines": machines}, indent=1))
     except NotMeasuredError as error:
         raise SaveError("SV-IO", str(error)) from error
     except OSError as error:
         raise SaveError("SV-IO", f"cannot be written: {error.strerror or error}", path=path) from error
     return path
-
-
-def _replace(path: Path, text: str) -> None:
-    descriptor, name = tempfile.mkstemp(prefix=".kernels-", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(name).replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            Path(name).unlink()
-        raise
 
 
 # ------------------------------------------------------------------------------------------------ the file, read strictly

@@ -30,6 +30,7 @@ from typing import Any
 from attrs import Factory, frozen
 
 from modelrig.errors import quoted
+from modelrig.planning.kept import kept_folder, replace_text
 
 MARK = "modelrig-probe: "  # what an answer's line begins with
 TIMEOUT_SECONDS = 180.0
@@ -168,14 +169,8 @@ def _last_of(child: subprocess.Popen[bytes], deadline: float) -> bytes | None:
 # ------------------------------------------------------------------------------------------------ on disk
 
 
-def folder() -> Path:
-    """Where answers are kept."""
-    home = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(home) if Path(home).is_absolute() else Path("~/.cache").expanduser()) / "modelrig" / "probes"
-
-
 def _file_of(key: str) -> Path:
-    return folder() / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
+    return kept_folder() / "probes" / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
 
 
 def _read(file: Path, key: str) -> Finding | None:
@@ -192,12 +187,4 @@ def _read(file: Path, key: str) -> Finding | None:
 def _keep(file: Path, key: str, found: Mapping[str, Any]) -> None:
     """Write it whole or not at all; a folder that cannot be written to keeps nothing."""
     with contextlib.suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=file.parent, prefix=".", suffix=".json")
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as opened:
-                json.dump({"key": key, "found": found}, opened)
-            Path(name).replace(file)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+        replace_text(file, json.dumps({"key": key, "found": found}))

@@ -24,6 +24,7 @@ from typing import Any
 from attrs import frozen
 
 from modelrig.errors import LoadError
+from modelrig.planning.kept import kept_folder
 
 CODE, ABOUT = "step.so", "about.json"
 MOST_ABOUT_BYTES = 1 << 20
@@ -39,9 +40,7 @@ class Artefact:
 
 
 def default_folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME")
-    home = Path(base) if base and Path(base).is_absolute() else Path.home() / ".cache"
-    return home / "modelrig" / "compiled"
+    return kept_folder() / "compiled"
 
 
 class Store:

@@ -9,10 +9,11 @@ from typing import ClassVar
 from attrs import evolve, frozen
 
 from modelrig.components import Parameter, Reason, TensorSpec, dtype_bytes
-from modelrig.planning.measured import COMMAND, NotMeasuredError, read_measured
+from modelrig.planning.measured import NotMeasuredError, read_measured
 from modelrig.planning.needs import QuantizerNeed
 
 ID = "quantizers:none"
+COMMAND = "modelrig bench --tune MODEL --set quantizer.kernel=auto"
 KERNELS = ("auto", "linear", "mv", "packed", "tuned", "tuned_packed")
 #: kernels that were measured and may serve, the plainest first: one before another that is hardly faster
 IN_PLACE = ("linear", "mv", "turned", "onednn")
