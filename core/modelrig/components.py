@@ -769,6 +769,7 @@ class DecoderCall:
     Attributes:
         texts: the ids before the new ones, of each row to continue.
         limit: new tokens at most.
+        vocab_size: ids below it can be chosen.
         returns: continuations wanted of each text.
         ends: whether new ids, the last of them just chosen, end there: at an id or a text to stop at, or at the limit.
         num_ends: how many ids end a text.
@@ -779,6 +780,7 @@ class DecoderCall:
 
     texts: Sequence[Sequence[int]]
     limit: int
+    vocab_size: int
     returns: int
     ends: Callable[[Sequence[int]], bool]
     num_ends: int

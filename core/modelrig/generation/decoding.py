@@ -8,7 +8,7 @@ from attrs import define
 
 from modelrig.components import DecoderCall
 
-__all__ = ["DraftLength", "PlainRun"]
+__all__ = ["DraftLength", "DraftingRun", "PlainRun"]
 
 
 class PlainRun:
@@ -58,3 +58,20 @@ class DraftLength:
             self.average = self.least_gain  # the next try decides by itself
         elif gained > self.least_gain:
             self.pause //= 2
+
+
+class DraftingRun(PlainRun):
+    """A decoder that drafts as far ahead as is worth it; a subclass defines `propose`, and asks `count` there."""
+
+    def __init__(self, call: DecoderCall, most: int, least_gain: float) -> None:
+        super().__init__(call)
+        self.length = DraftLength(most=most, least_gain=least_gain)
+        self.tokens = 0  # new ones of the longest row
+
+    def count(self, new: Sequence[Sequence[int] | None], room: int) -> int:
+        """Drafts to make now, 0 or fewer for none."""
+        self.tokens = max(len(ids) for ids in new if ids is not None)
+        return min(room, self.length.now(self.tokens))
+
+    def learn(self, drafted: int, gained: int) -> None:
+        self.length.learn(drafted, gained, self.tokens)

@@ -98,6 +98,7 @@ class Run:
         call = DecoderCall(
             texts=[history for history in histories for _ in range(self._copies)],
             limit=limit,
+            vocab_size=engine.vocab_size,
             returns=returns if ranks is None else max(ranks) + 1,
             ends=self._ends,
             num_ends=len(self._stop_ids),

@@ -7,6 +7,8 @@ from typing import Any
 
 from modelrig.components import AttentionSpec
 from modelrig.planning import probes
+from modelrig.planning.options import structure
+from modelrig.registry import current
 
 COUNT, PAST = 24, 40  # tokens of a prompt, and before a step
 #: largest error, as a part of the largest value
@@ -15,20 +17,8 @@ BOUNDS = {"float32": 1e-4, "float64": 1e-4, "bfloat16": 4e-2, "float16": 8e-3}
 
 def kernel_of(name: str, options: dict[str, Any]) -> Any:
     """The kernel called `name`. Only what is tried is imported."""
-    if name == "sdpa":
-        from modelrig_plugins.attention.sdpa import SdpaOptions
-        from modelrig_plugins.attention.sdpa_module import SdpaAttention
-
-        return SdpaAttention(SdpaOptions(**options))
-    if name == "flash_attention_2":
-        from modelrig_plugins.attention.flash_attention_2_module import FlashAttention2
-
-        return FlashAttention2()
-    if name == "flex":
-        from modelrig_plugins.attention.flex_module import FlexAttention
-
-        return FlexAttention()
-    raise ValueError(f"there is no trial for {name!r}")
+    component = current().find("attention", name)
+    return component.implementation()(structure(component.planner(), options))
 
 
 def trial(name: str, options: dict[str, Any], device: str, dtype: str, layers: list[dict[str, Any]]) -> dict[str, Any]:
@@ -68,8 +58,8 @@ def trial(name: str, options: dict[str, Any], device: str, dtype: str, layers: l
             error = (actual.double() - expected.double()).abs().max().item() / v.double().abs().max().item()
             if not error <= BOUNDS[dtype]:
                 return {"error": f"{what} differs from eager by {error:.1e} of the largest value", "kernels": used}
-            if name == "sdpa":
-                used[what] = kernel.taken[spec, lowered.mask is None, lowered.is_causal]
+            if (taken := getattr(kernel, "taken", None)) is not None:  # it can say which of several computed this
+                used[what] = taken[spec, lowered.mask is None, lowered.is_causal]
     return {"error": None, "kernels": used}
 
 

@@ -14,10 +14,10 @@ from modelrig.components import ModelFacts, Reason, Snapshot
 from modelrig.errors import TokenizerError
 from modelrig.planning.needs import DecoderNeed
 from modelrig.planning.plan import RigPlan
+from modelrig_plugins.decoders.drafting import check_drafts
 
 ROLE = "draft"
 TOKENIZER = "tokenizer.json"
-MOST_DRAFTS = 64
 HINT = "--set decoder.model=<a small model with the same tokenizer>"
 
 
@@ -38,10 +38,7 @@ class DraftModelPlanner:
     def check(need: DecoderNeed, options: DraftModelOptions) -> Iterable[Reason]:  # noqa: ARG004 - protocol
         if not options.model:
             yield Reason("decoder.model", "no model that drafts was named", HINT)
-        if not 1 <= options.num_tokens <= MOST_DRAFTS:
-            yield Reason("decoder.num_tokens", f"num_tokens {options.num_tokens}: accepted is 1 to {MOST_DRAFTS}")
-        if not 0 <= options.least_gain <= MOST_DRAFTS:
-            yield Reason("decoder.least_gain", f"least_gain {options.least_gain}: accepted is 0 to {MOST_DRAFTS}")
+        yield from check_drafts(options)
 
     @staticmethod
     def companions(options: DraftModelOptions) -> Mapping[str, str]:

@@ -14,18 +14,17 @@ import torch
 from modelrig.components import DecoderCall
 from modelrig.errors import CacheError
 from modelrig.generation.caches import begin
-from modelrig.generation.decoding import DraftLength, PlainRun
+from modelrig.generation.decoding import DraftingRun
 from modelrig_plugins.decoders.draft_model import ROLE, DraftModelOptions
 
 
-class DraftModelRun(PlainRun):
+class DraftModelRun(DraftingRun):
     """The draft model goes through the same rows, padded alike, with a cache of its own. What of its cache is right is rewound to,
     what is decided by now is fed, then it goes on by itself."""
 
     def __init__(self, call: DecoderCall, options: DraftModelOptions) -> None:
-        super().__init__(call)
+        super().__init__(call, options.num_tokens, options.least_gain)
         self.model = call.companions[ROLE]
-        self.length = DraftLength(most=options.num_tokens, least_gain=options.least_gain)
         self.prompts = [[0] * pad + list(ids) for pad, ids in zip(call.padding, call.texts, strict=True)]
         self.before = len(self.prompts[0])
         # Its own cache ends where its context does; beyond it nothing is drafted.
@@ -33,21 +32,16 @@ class DraftModelRun(PlainRun):
         limit = self.model.plan.facts.position_limit
         self.capacity = capacity if limit is None else min(capacity, limit)
         self.cache: Any = None
-        self.tokens = 0
 
     def propose(self, new: Sequence[Sequence[int] | None], room: int) -> Sequence[Sequence[int]] | None:
-        going = [ids for ids in new if ids is not None]
-        self.tokens = max(map(len, going))
-        fed = self.before + min(map(len, going)) - 1  # tokens of each row in the large model's cache
-        count = min(room, self.length.now(self.tokens), self.capacity - fed - 1)
+        # tokens of each row in the large model's cache
+        fed = self.before + min(len(ids) for ids in new if ids is not None) - 1
+        count = min(self.count(new, room), self.capacity - fed - 1)
         if count < 1:
             return None
         rows = [[*prompt, *(ids or ())] for prompt, ids in zip(self.prompts, new, strict=True)]
         drafts = self._draft(rows, fed, fed + 1 + count)
         return [[] if ids is None else row[self.before + len(ids) :] for row, ids in zip(drafts, new, strict=True)]
-
-    def learn(self, drafted: int, gained: int) -> None:
-        self.length.learn(drafted, gained, self.tokens)
 
     def _draft(self, rows: list[list[int]], fed: int, end: int) -> list[list[int]]:
         """`rows`, each gone on with up to `end` ids; the first `fed` and one are decided in all that have not ended."""
@@ -55,9 +49,10 @@ class DraftModelRun(PlainRun):
         decided = fed + 1
         block = [(row + [0] * decided)[self.cache.length : decided] for row in rows]  # a row that has ended is fed anything
         while True:
-            logits = self.model.step(torch.tensor(block, device=self.model.plan.device), begin(self.cache, len(block[0])), True)
+            ids = torch.tensor(block, device=self.model.plan.device).clamp_(max=self.model.plan.facts.vocab_size - 1)  # and fewer
+            logits = self.model.step(ids, begin(self.cache, len(block[0])), True)
             self.cache.commit(len(block[0]))
-            chosen = logits[:, -1].argmax(dim=-1).tolist()
+            chosen = logits[:, -1, : self.call.vocab_size].argmax(dim=-1).tolist()  # its head may have more rows than there are ids
             for row, token in zip(rows, chosen, strict=True):
                 if len(row) <= self.cache.length:
                     row += [token] * (self.cache.length + 1 - len(row))

@@ -8,8 +8,8 @@ from attrs import frozen
 
 from modelrig.components import Reason
 from modelrig.planning.needs import DecoderNeed
+from modelrig_plugins.decoders.drafting import check_drafts
 
-MOST_DRAFTS = 64
 LONGEST_NGRAM = 16
 
 
@@ -29,10 +29,7 @@ class PromptLookupPlanner:
 
     @staticmethod
     def check(need: DecoderNeed, options: PromptLookupOptions) -> Iterable[Reason]:  # noqa: ARG004 - protocol
-        if not 1 <= options.num_tokens <= MOST_DRAFTS:
-            yield Reason("decoder.num_tokens", f"num_tokens {options.num_tokens}: accepted is 1 to {MOST_DRAFTS}")
+        yield from check_drafts(options)
         if not 1 <= options.min_ngram <= options.max_ngram <= LONGEST_NGRAM:
             text = f"min_ngram {options.min_ngram} and max_ngram {options.max_ngram}: accepted is 1 to {LONGEST_NGRAM}, min first"
             yield Reason("decoder.ngram", text)
-        if not 0 <= options.least_gain <= MOST_DRAFTS:
-            yield Reason("decoder.least_gain", f"least_gain {options.least_gain}: accepted is 0 to {MOST_DRAFTS}")

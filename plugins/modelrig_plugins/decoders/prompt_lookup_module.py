@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from modelrig.components import DecoderCall
-from modelrig.generation.decoding import DraftLength, PlainRun
+from modelrig.generation.decoding import DraftingRun
 from modelrig_plugins.decoders.prompt_lookup import PromptLookupOptions
 
 
@@ -37,28 +37,22 @@ class Text:
         return []
 
 
-class PromptLookupRun(PlainRun):
+class PromptLookupRun(DraftingRun):
     def __init__(self, call: DecoderCall, options: PromptLookupOptions) -> None:
-        super().__init__(call)
+        super().__init__(call, options.num_tokens, options.least_gain)
         self.texts = [Text(ids, options.min_ngram, options.max_ngram) for ids in call.texts]
         self.known = [0] * len(self.texts)  # new ids of each that are in its text
-        self.length = DraftLength(most=options.num_tokens, least_gain=options.least_gain)
-        self.tokens = 0
 
     def propose(self, new: Sequence[Sequence[int] | None], room: int) -> Sequence[Sequence[int]] | None:
         for number, (text, ids) in enumerate(zip(self.texts, new, strict=True)):
             if ids is not None:
                 text.extend(ids[self.known[number] :])
                 self.known[number] = len(ids)
-        self.tokens = max(self.known)
-        count = min(room, self.length.now(self.tokens))
+        count = self.count(new, room)
         if count < 1:
             return None
         drafts = [[] if ids is None else text.lookup(count) for text, ids in zip(self.texts, new, strict=True)]
         return drafts if any(drafts) else None
-
-    def learn(self, drafted: int, gained: int) -> None:
-        self.length.learn(drafted, gained, self.tokens)
 
 
 class PromptLookupDecoder:

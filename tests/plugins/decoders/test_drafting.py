@@ -352,6 +352,21 @@ def test_a_draft_with_another_tokenizer_is_refused(tmp_path: Path) -> None:
         modelrig.plan(tmp_path / "a", decoder={"name": "draft_model", "model": str(tmp_path / "b")})
 
 
+@pytest.mark.parametrize(("large", "little"), [(340, 352), (352, 340)])
+def test_vocabularies_may_be_padded_differently(tmp_path: Path, large: int, little: int) -> None:
+    """As those of a family's small and large models are: the tokenizer is one."""
+    for name, size in (("large", large), ("little", little)):
+        write_llama(tmp_path / name, vocab_size=size)
+        write(tmp_path / name, byte_level())
+    prompt = [3, 4, 5, 350 % large]
+    with modelrig.load(tmp_path / "large", dtype="float32", context=100) as plain:
+        expected = plain.generate(prompt, max_new_tokens=60, ignore_eos=True).tokens
+    with modelrig.load(
+        tmp_path / "large", dtype="float32", context=100, decoder=decoder("draft_model", tmp_path / "little")
+    ) as model:
+        assert expected == model.generate(prompt, max_new_tokens=60, ignore_eos=True).tokens
+
+
 @pytest.mark.parametrize(
     ("name", "option"),
     [
