@@ -63,7 +63,7 @@ class Caller:
         if messages is not None:
             if tokenizer is None:
                 raise no_text(self.engine.other_form, "read messages")
-            return as_prompts(tokenizer.encode(tokenizer.render_chat(messages), add_special_tokens=False), None, size)
+            return as_prompts(tokenizer.encode_messages(messages), None, size)
         return as_prompts(prompt, tokenizer, size, add_special_tokens=not follows, other_form=self.engine.other_form)
 
     def read_turn(self, prompt: Any, messages: Sequence[Message] | None, follows: bool) -> list[int]:

@@ -121,8 +121,7 @@ class Feeder:
 
     def forked(self, copies: int) -> Feeder:
         """One whose cache goes on from here with `copies` of each row; this one stays as it is."""
-        with torch.inference_mode(False):  # what is made here may be needed outside
-            cache = self.cache.fork(copies)
+        cache = self.cache.fork(copies)
         made = Feeder(self.engine, cache, _repeated(self._prompts, copies), _repeated(self._histories, copies), self._extra)
         made._held, made.num_fed = self._held, self.num_fed
         made._fed = [ids.repeat_interleave(copies, dim=0) for ids in self._fed]

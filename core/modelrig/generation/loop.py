@@ -190,12 +190,9 @@ class Run:
         if self.sampler.is_constrained and last is not None:
             going = [number for number, row in enumerate(self.rows) if row.finish_reason is None]
             last = last.clone()
-            last[going] = self._choose(logits[going], going)
+            last[going] = self.sampler.choose(logits[going], going)
             return last
-        return self._choose(logits, None)
-
-    def _choose(self, logits: Tensor, rows: Sequence[int] | None) -> Tensor:
-        return self.sampler.choose(logits, rows)
+        return self.sampler.choose(logits)
 
     def _emit(self, ids: Tensor) -> list[Piece]:
         """Give every unfinished row its id."""
@@ -277,7 +274,7 @@ class Run:
         found: dict[int, list[Piece]] = {}
         going = [number for number, row in enumerate(self.rows) if row.finish_reason is None and places[number] < width]
         while going:
-            chosen = self._choose(logits[going, [places[number] for number in going]], going)
+            chosen = self.sampler.choose(logits[going, [places[number] for number in going]], going)
             self.sampler.check()
             ahead = []
             for number, token in zip(going, chosen.tolist(), strict=True):
