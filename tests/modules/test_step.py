@@ -41,7 +41,7 @@ def operations_of_one_token(folder: Path, cache: str, dtype: str, attention: str
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("cache", ["dynamic", "static", "sliding"])
+@pytest.mark.parametrize("cache", ["dynamic", "static", "sliding", "offloaded"])
 def test_a_layer_needs_at_most_sixty_operations_a_token(tmp_path: Path, cache: str, dtype: str) -> None:
     counts = []
     for layers in (2, 5):

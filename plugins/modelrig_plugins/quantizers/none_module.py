@@ -82,9 +82,9 @@ def mv(weight: Tensor, bias: Tensor | None) -> Kernel:
     """Of a single row, [1, in] or [in]."""
 
     def multiply(x: Tensor) -> Tensor:
-        row = x.view(-1)
+        row = x if x.dim() == 1 else x[0]
         y = torch.mv(weight, row) if bias is None else torch.addmv(bias, weight, row)
-        return y.view(x.shape[:-1] + y.shape)
+        return y if x.dim() == 1 else y.unsqueeze(0)
 
     return multiply
 
